@@ -1,0 +1,22 @@
+"""Where the packages lie: the checkout itself is the package `farspan` (everything else is in pyproject.toml)."""
+
+from setuptools import setup
+
+ROOMS = ("comm", "modules", "pipeline", "runtime", "converters")
+
+setup(
+    packages=["farspan", *(f"farspan.{room}" for room in ROOMS)],
+    package_dir={"farspan": ".", **{f"farspan.{room}": room for room in ROOMS}},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "psutil>=5.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "wandb": ["wandb>=0.20"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "wandb>=0.20"],
+    },
+)
