@@ -1,0 +1,231 @@
+"""What a model is, as data, read from the `config.json` of a Hugging Face checkpoint.
+
+The file is read by hand: importing transformers costs more than a second, and its 4.x and 5.x releases spell the
+rotary facts differently. Both spellings are understood, and `hf_config` writes both.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from .families import FAMILIES, Family
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu", "swish", "relu")
+ROPE_TYPES = {  # type → the keys it cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+class SpecError(ValueError):
+    """A config that is missing, broken or not supported. One line: what, where, what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's shape. It is cut into `unit_count` units: 0 is the embedding, 1…layers the blocks, the last the head."""
+
+    family: str  # a key of families.FAMILIES
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    vocab: int
+    max_positions: int
+    norm: str  # "layer" or "rms"
+    norm_eps: float
+    activation: str  # one of ACTIVATIONS
+    parallel: bool  # attention and MLP side by side, both added to the block's input
+    attn_bias: bool
+    mlp_bias: bool
+    head_bias: bool
+    tied: bool  # the head's weight is the embedding's
+    init_std: float
+    rotary_dim: int  # dimensions of a head that turn
+    rotary_interleaved: bool
+    rope: tuple[tuple[str, Any], ...]  # `rope_parameters`, sorted; `rope_type` and `rope_theta` are always there
+    embed_dropout: float = 0.0
+    attn_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    pad_token: int | None = None  # its embedding gets no gradient, as in HF's Llama
+    config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # config.json as it was read
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read `folder/config.json`. Raises SpecError."""
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise SpecError(f"{folder} is not a folder: name a folder that holds a model (config.json, *.safetensors)")
+        if not path.is_file():
+            raise SpecError(f"{folder} has no config.json: name a folder that holds a Hugging Face model")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{path} cannot be read as JSON: {error}") from error
+        return cls.from_config(config, where=str(path))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str = "the config") -> Self:
+        """Understand a parsed config.json; absent keys get the family's defaults in transformers. Raises SpecError."""
+        if not isinstance(config, dict):
+            raise SpecError(f"{where} is not a JSON object but a {type(config).__name__}")
+        family = _family_of(config, where)
+        if config.get("quantization_config"):
+            raise SpecError(f"{where} has a quantization_config: farspan trains plain weights, name the original model")
+        values: dict[str, Any] = dict(family.fixed)
+        for name, (key, default) in family.keys.items():
+            values[name] = default if config.get(key) is None else config[key]
+            _check_type(name, values[name], key, where)
+
+        width, heads = values["width"], values["heads"]
+        if values.get("head_dim") is None:
+            if width % heads:
+                raise SpecError(f"{where}: width {width} is not divisible by {heads} heads")
+            values["head_dim"] = width // heads
+        if values.get("kv_heads") is None:
+            values["kv_heads"] = heads
+        if heads % values["kv_heads"]:
+            raise SpecError(f"{where}: {heads} heads cannot share {values['kv_heads']} key-value heads evenly")
+        if values["mlp_width"] is None:
+            values["mlp_width"] = 4 * width
+        if values["activation"] not in ACTIVATIONS:
+            raise SpecError(f"{where}: activation {values['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+        rope, rotary_dim = _rope_of(config, family, values["head_dim"], values["max_positions"], where)
+        return cls(
+            family=family.name,
+            rope=tuple(sorted(rope.items())),
+            rotary_dim=rotary_dim,
+            rotary_interleaved=family.rotary.interleaved,
+            config=config,
+            **values,
+        )
+
+    @property
+    def facts(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def unit_count(self) -> int:
+        return self.layers + 2
+
+    @property
+    def embed_unit(self) -> int:
+        return 0
+
+    @property
+    def head_unit(self) -> int:
+        return self.layers + 1
+
+    def unit_name(self, unit: int) -> str:
+        """ "embed", "block-00000" (numbered as HF numbers its layers) or "head"."""
+        if not 0 <= unit < self.unit_count:
+            raise IndexError(f"unit {unit} of a model with {self.unit_count} units")
+        return {0: "embed", self.head_unit: "head"}.get(unit, f"block-{unit - 1:05d}")
+
+
+def hf_config(spec_or_config: ModelSpec | dict[str, Any], dtype: torch.dtype | str) -> dict[str, Any]:
+    """A config.json that transformers 4.57 and 5.x load alike.
+
+    5.x writes `rope_parameters` alone and 4.x passes over it: a model with another θ or rotary share would load
+    without a word and compute something else. So the old keys stand beside the new one, here and in every folder
+    that farspan writes. `dtype` is that of the weights (torch.bfloat16 or "bfloat16").
+    """
+    spec = spec_or_config if isinstance(spec_or_config, ModelSpec) else ModelSpec.from_config(spec_or_config)
+    family, keys = spec.facts, spec.facts.rotary
+    config = dict(spec.config)
+    config.setdefault("architectures", [family.architecture])
+    config["tie_word_embeddings"] = spec.tied
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if keys.theta is None:
+        return config
+    rope = dict(spec.rope)
+    config["rope_parameters"] = dict(rope)
+    config[keys.theta] = rope["rope_theta"]
+    if keys.fraction and keys.fraction != "partial_rotary_factor":
+        config[keys.fraction] = rope["partial_rotary_factor"]
+    config["rope_scaling"] = None
+    if rope["rope_type"] != "default":
+        # 4.57's YaRN divides the two context lengths when it is given the old one, and so would lose the factor here.
+        if rope["rope_type"] == "yarn" and rope["original_max_position_embeddings"] == spec.max_positions:
+            del rope["original_max_position_embeddings"]
+        config["rope_scaling"] = rope
+    return config
+
+
+def _family_of(config: Mapping[str, Any], where: str) -> Family:
+    found = config.get("model_type")
+    for family in FAMILIES.values():
+        if family.model_type == found:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    raise SpecError(f"{where}: model_type {found!r} is not supported; farspan trains {known}")
+
+
+def _check_type(name: str, value: Any, key: str, where: str) -> None:
+    """Refuse what would fail much later, or worse, would not."""
+    kind = {f.name: f.type for f in fields(ModelSpec)}[name]
+    if value is None:
+        good = True  # the row allows it: worked out from other keys
+    elif kind is bool:
+        good = isinstance(value, bool)
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    elif kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        good = number and (value <= 1 or not name.endswith("dropout"))
+    else:
+        good = isinstance(value, str | int)
+    if not good:
+        raise SpecError(f"{where}: {key} is {value!r}, which cannot be")
+
+
+def _rope_of(
+    config: Mapping[str, Any], family: Family, head_dim: int, max_positions: int, where: str
+) -> tuple[dict[str, Any], int]:
+    """The standardised `rope_parameters` and how many dimensions of a head turn."""
+    keys = family.rotary
+    if keys.dims:
+        dims = config.get(keys.dims, 64)
+        if not isinstance(dims, int) or dims % 2 or not 0 < dims <= head_dim:
+            raise SpecError(f"{where}: {keys.dims} is {dims!r}, not an even number up to the head's {head_dim}")
+        return {"rope_type": "default", "rope_theta": 10000.0}, dims
+
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = rope["rope_type"] = rope.pop("type", "default") if rope.get("rope_type") is None else rope["rope_type"]
+    rope.pop("type", None)
+    if kind not in ROPE_TYPES:
+        raise SpecError(f"{where}: RoPE type {kind!r} is not supported; farspan knows {', '.join(ROPE_TYPES)}")
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = config.get(keys.theta or "", 10000.0)
+    fraction = rope.get("partial_rotary_factor")
+    if fraction is None:
+        fraction = config.get(keys.fraction or "")
+    if fraction is None:
+        fraction = keys.default_fraction
+    for key, value in {**rope, "rope_theta": rope["rope_theta"], "partial_rotary_factor": fraction}.items():
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if key != "rope_type" and not (number or value is None or isinstance(value, bool)):
+            raise SpecError(f"{where}: RoPE parameter {key} is {value!r}, not a number")
+    missing = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
+    if missing:
+        raise SpecError(f"{where}: RoPE type {kind!r} needs {', '.join(missing)}")
+    if rope["rope_theta"] <= 0 or not 0 <= fraction <= 1:
+        raise SpecError(f"{where}: rope_theta {rope['rope_theta']} or rotary share {fraction} cannot be")
+    if family.name == "llama" and fraction != 1:
+        raise SpecError(f"{where}: a Llama turns whole heads, partial_rotary_factor {fraction} is not supported")
+    if family.name != "llama":
+        rope["partial_rotary_factor"] = fraction
+    if kind in ("llama3", "yarn"):
+        original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = original or max_positions
+    return rope, int(head_dim * fraction)
