@@ -1,0 +1,66 @@
+"""What can go wrong on a wire. Each message is one line and names rank, peer, interface, operation and seconds."""
+
+from __future__ import annotations
+
+
+class WireError(RuntimeError):
+    """Base of all wire errors; `str()` is the one line that a person reads."""
+
+
+class _OperationError(WireError):
+    what = "failed"
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        peer: int | None,
+        interface: str,
+        operation: str,
+        seconds: float,
+        detail: str = "",
+    ) -> None:
+        self.rank, self.peer, self.interface = rank, peer, interface
+        self.operation, self.seconds, self.detail = operation, seconds, detail
+        who = "a peer" if peer is None else f"rank {peer}"
+        line = f"rank {rank}: {self.what.format(who=who)} (interface {interface}, {operation}, after {seconds:.1f} s)"
+        super().__init__(f"{line}: {detail}" if detail else line)
+
+    def blaming(self, peer: int) -> _OperationError:
+        """The same error, once it is known which peer it was."""
+        return type(self)(
+            rank=self.rank,
+            peer=peer,
+            interface=self.interface,
+            operation=self.operation,
+            seconds=self.seconds,
+            detail=self.detail,
+        )
+
+
+class PeerLost(_OperationError):
+    """A peer's process or its connection is gone."""
+
+    what = "lost {who}"
+
+
+class LinkTimeout(_OperationError):
+    """A peer is there, as far as known, but an operation passed its deadline."""
+
+    what = "timed out waiting for {who}"
+
+
+class Mismatch(WireError):
+    """Ranks were started with something that must agree and does not."""
+
+
+class RendezvousError(WireError):
+    """The ranks could not meet: port taken, master not reached, a rank that never came."""
+
+
+class InterfaceError(WireError):
+    """The named network interface cannot be used."""
+
+
+class RemoteFailure(WireError):
+    """Another rank failed first; carries that rank's own line."""

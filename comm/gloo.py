@@ -1,0 +1,98 @@
+"""Gloo groups, built directly so that each has its own device on its own interface.
+
+`init_process_group` and `new_group` ignore a Gloo group's options, so the interface cannot be chosen through them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from .errors import LinkTimeout, PeerLost, WireError
+
+
+def _is_timeout(error: RuntimeError) -> bool:
+    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
+
+
+class GlooGroup:
+    """A `Group` over Gloo. Two groups never share a connection, so they never block each other.
+
+    Creating one blocks until all members have come, at most `timeout_s` seconds.
+    """
+
+    def __init__(
+        self, store: Store, name: str, members: tuple[int, ...], rank: int, interface: str, timeout_s: float
+    ) -> None:
+        self.name, self.members, self.rank, self.interface = name, members, rank, interface
+        options = ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        others = [member for member in members if member != rank]
+        with self._errors("connecting", others[0] if len(others) == 1 else None):
+            options._devices = [ProcessGroupGloo.create_device(interface=interface)]
+            self._pg = ProcessGroupGloo(PrefixStore(name, store), members.index(rank), len(members), options)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def send(self, x: Tensor, to: int, *, timeout_s: float, operation: str = "send") -> None:
+        self._run(lambda: self._pg.send([x], self.members.index(to), 0), to, timeout_s, operation)
+
+    def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None:
+        self._run(lambda: self._pg.recv([out], self.members.index(source), 0), source, timeout_s, operation)
+
+    def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
+        self._run(lambda: self._pg.allreduce(x), self._other, timeout_s, operation)
+
+    def broadcast(self, x: Tensor, source: int, *, timeout_s: float, operation: str = "broadcast") -> None:
+        self._run(lambda: self._pg.broadcast(x, self.members.index(source)), self._other, timeout_s, operation)
+
+    def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None:
+        # An all-reduce of one number, since Gloo's own barrier leaves no way to name a deadline per call.
+        self.all_reduce(torch.zeros(1), timeout_s=timeout_s, operation=operation)
+
+    def close(self) -> None:
+        # A group that is alive when the interpreter ends sometimes aborts the process.
+        self._pg.shutdown()
+
+    @property
+    def _other(self) -> int | None:
+        """The one other member where there is just one: then even a collective's failure can be blamed."""
+        others = [member for member in self.members if member != self.rank]
+        return others[0] if len(others) == 1 else None
+
+    def _run(self, start: Callable, peer: int | None, timeout_s: float, operation: str) -> None:
+        with self._errors(f"{operation} in group {self.name}", peer):
+            start().wait(timedelta(seconds=timeout_s))
+
+    def _errors(self, operation: str, peer: int | None) -> _Translate:
+        return _Translate(self, operation, peer)
+
+
+class _Translate:
+    """Turns Gloo's plain `RuntimeError` into ours, with the time that the operation took."""
+
+    def __init__(self, group: GlooGroup, operation: str, peer: int | None) -> None:
+        self.group, self.operation, self.peer = group, operation, peer
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, WireError):
+            return
+        kind = LinkTimeout if _is_timeout(error) else PeerLost
+        raise kind(
+            rank=self.group.rank,
+            peer=self.peer,
+            interface=self.group.interface,
+            operation=self.operation,
+            seconds=time.monotonic() - self.start,
+            detail=str(error).splitlines()[0].split("] ", 1)[-1][:200],
+        ) from error

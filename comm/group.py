@@ -1,0 +1,37 @@
+"""What a communicator can do, whichever library carries the bytes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Group(Protocol):
+    """Some ranks that talk over one interface. Peers are named by their global rank.
+
+    Every call blocks until it is done, and raises `PeerLost` or `LinkTimeout` at the latest after `timeout_s` seconds.
+    After an error the group is dead: every further call fails at once.
+    """
+
+    name: str
+    rank: int
+    members: tuple[int, ...]
+    interface: str
+
+    @property
+    def size(self) -> int: ...
+
+    def send(self, x: Tensor, to: int, *, timeout_s: float, operation: str = "send") -> None: ...
+
+    def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None: ...
+
+    def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
+        """Sums `x` over the group, in place; every member ends with the same bits."""
+        ...
+
+    def broadcast(self, x: Tensor, source: int, *, timeout_s: float, operation: str = "broadcast") -> None: ...
+
+    def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None: ...
+
+    def close(self) -> None: ...

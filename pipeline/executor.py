@@ -1,0 +1,118 @@
+"""Walks one row of a lowered plan. One loop for every stage; training and evaluation differ in the plan alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..comm.lane import Recorder, Ticket
+from ..comm.link import Receiver, Sender
+from ..modules.loss import cross_entropy_sum
+from .schedule import Op, Row
+from .stage import Stage
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One replica's share of an accumulation step. `tokens` is needed by a first stage, `labels` by a last one.
+
+    Both are [rows, T] int64; labels are shifted already, −100 where there is no target. `valid` counts the targets of
+    the whole global batch: all replicas and all accumulation steps of the update.
+    """
+
+    tokens: Tensor | None
+    labels: Tensor | None
+    valid: int
+
+
+@dataclass(frozen=True)
+class Edges:
+    """A stage's neighbours; None where there is none."""
+
+    from_previous: Receiver | None = None
+    to_previous: Sender | None = None
+    from_next: Receiver | None = None
+    to_next: Sender | None = None
+
+
+class Executor:
+    """Runs steps of `row` on `stage`, with micro-batches of `micro_rows` × `length` tokens."""
+
+    def __init__(
+        self, stage: Stage, row: Row, edges: Edges, micro_rows: int, length: int, record: Recorder | None = None
+    ) -> None:
+        self._stage, self._row, self._edges, self._record = stage, row, edges, record
+        self._micro_rows = micro_rows
+        self._shape = (micro_rows, length, stage.spec.width)
+        self._micro_batches = sum(action.op is Op.FORWARD for action in row)
+        self._sending: list[Ticket] = []
+
+    def step(self, batch: Batch, seed: int = 0) -> Tensor:
+        """One accumulation step; gradients are added to what is there. Returns Σ cross-entropy [] in float64 (0 unless
+        this is a last stage). `seed` names the step and the replica, for dropout.
+
+        The loop only ever waits for a message that it is about to use: sends leave by their own lanes, and receives
+        were posted at the start.
+        """
+        stage, edges = self._stage, self._edges
+        for ticket in self._sending:  # of the step before
+            ticket.get()
+        self._sending.clear()
+        self._expect(Op.RECV_F, edges.from_previous, "activations")
+        self._expect(Op.RECV_B, edges.from_next, "gradients")
+        live: dict[int, tuple[Tensor, Tensor]] = {}
+        arriving: dict[int, Ticket] = {}
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for action in self._row:
+            op, _, mb = action
+            match op:
+                case Op.RECV_F:
+                    assert edges.from_previous is not None
+                    arriving[mb] = edges.from_previous.recv()
+                case Op.FORWARD:
+                    x = arriving.pop(mb).get().requires_grad_() if mb in arriving else self._rows(batch.tokens, mb)
+                    start = time.perf_counter()
+                    y = stage(x, seed * self._micro_batches + mb)
+                    if stage.is_last:
+                        loss = cross_entropy_sum(y, self._rows(batch.labels, mb))
+                        loss_sum += loss.detach().double().cpu()
+                        y = loss / batch.valid
+                    live[mb] = x, y
+                    self._span("forward", str(action), start)
+                case Op.SEND_F:
+                    assert edges.to_next is not None
+                    self._sending.append(edges.to_next.send(live[mb][1].detach(), "activations"))
+                case Op.RECV_B:
+                    assert edges.from_next is not None
+                    arriving[mb] = edges.from_next.recv()
+                case Op.BACKWARD:
+                    x, y = live[mb]
+                    grad = arriving.pop(mb).get() if mb in arriving else None
+                    start = time.perf_counter()
+                    torch.autograd.backward(y, grad)
+                    if stage.is_first:
+                        del live[mb]
+                    self._span("backward", str(action), start)
+                case Op.SEND_B:
+                    assert edges.to_previous is not None
+                    grad = live.pop(mb)[0].grad
+                    assert grad is not None
+                    self._sending.append(edges.to_previous.send(grad, "gradients"))
+        return loss_sum
+
+    def _expect(self, op: Op, end: Receiver | None, label: str) -> None:
+        count = sum(action.op is op for action in self._row)
+        if count:
+            assert end is not None
+            end.expect(count, self._shape, self._stage.dtype, label)
+
+    def _rows(self, x: Tensor | None, mb: int) -> Tensor:
+        assert x is not None
+        return x[mb * self._micro_rows : (mb + 1) * self._micro_rows].to(self._stage.device)
+
+    def _span(self, lane: str, name: str, start: float) -> None:
+        if self._record is not None:
+            self._record(lane, name, start, time.perf_counter())

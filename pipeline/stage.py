@@ -1,0 +1,65 @@
+"""One pipeline stage: a consecutive slice of [embedding, block …, head]. First and last are not special kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.layers import build_layers, hf_names
+from ..modules.spec import ModelSpec
+
+
+class StageTensor(NamedTuple):
+    """A parameter and where it belongs: its unit, its name within the unit's module, its full Hugging Face name.
+
+    `owner` is the unit that saves it: the embedding's for the matrix that a tied head shares with it.
+    """
+
+    unit: int
+    name: str
+    hf_name: str
+    owner: int
+    parameter: nn.Parameter
+
+
+class Stage(nn.Module):
+    """A slice of the model: [b, T] tokens or [b, T, C] activations → [b, T, C] activations or [b, T, V] logits."""
+
+    def __init__(self, spec: ModelSpec, units: range, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.units, self.dtype, self.device = spec, units, dtype, device
+        self.is_first, self.is_last = units.start == 0, units.stop == spec.unit_count
+        self.layers = nn.ModuleList(build_layers(spec, units, dtype=dtype, device=device))
+        self._dropout = max(spec.embed_dropout, spec.attn_dropout, spec.residual_dropout) > 0
+        if spec.tied and self.is_first and self.is_last:
+            self._tie()
+
+    def forward(self, x: Tensor, seed: int = 0) -> Tensor:
+        """`seed` names this micro-batch; with each unit's number it fixes the dropout masks, whatever the grid."""
+        for unit, layer in zip(self.units, self.layers, strict=True):
+            if self._dropout:
+                torch.manual_seed(seed * self.spec.unit_count + unit)
+            x = layer(x)
+        return x
+
+    def tensors(self) -> Iterator[StageTensor]:
+        """Every parameter once: a head that shares the embedding of this very stage brings nothing of its own."""
+        embedding = hf_names(self.spec, 0).values()
+        seen: set[int] = set()
+        for unit, layer in zip(self.units, self.layers, strict=True):
+            names = hf_names(self.spec, unit)
+            for name, parameter in layer.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    owner = 0 if names[name] in embedding else unit
+                    yield StageTensor(unit, name, names[name], owner, parameter)
+
+    def _tie(self) -> None:
+        embed, head = self.layers[0], self.layers[-1]
+        ((own, embedding),) = hf_names(self.spec, 0).items()
+        name = next(n for n, hf in hf_names(self.spec, self.spec.unit_count - 1).items() if hf == embedding)
+        module, _, attribute = name.rpartition(".")
+        setattr(head.get_submodule(module), attribute, embed.get_parameter(own))

@@ -1,0 +1,340 @@
+"""Everything a run can be told, as frozen dataclasses; flags, `--help` and JSON are made from their fields."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A flag that cannot be; the message names it and says what would do."""
+
+
+def _flag(default: Any, help: str, *, choices: Sequence[str] = (), agree: bool = True) -> Any:  # noqa: ANN401
+    """A field that becomes a flag. `agree`: every rank must be started with the same value."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "agree": agree})
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """model"""
+
+    model_name: str = _flag("", "folder of layer shards, or any Hugging Face folder with safetensors", agree=False)
+    tokenizer_name: str = _flag(
+        "", "folder (or hub name) of the tokenizer; rank 0 needs it [--model-name]", agree=False
+    )
+    model_type: str = _flag("", "checked against config.json [read from it]", choices=("gptj", "gptneox", "llama"))
+    num_layers: int = _flag(0, "transformer layers on each stage, the last stage takes the rest [even split]")
+    layer_split: str = _flag("", "layers on each stage, e.g. 3,2 [even split]")
+    embedding_dim: int = _flag(0, "checked against config.json [read from it]")
+    num_heads: int = _flag(0, "checked against config.json [read from it]")
+    load_pretrained_model: bool = _flag(True, "start from the model's weights; false: random ones from --seed")
+    bf16: bool = _flag(False, "compute in bfloat16; weights, moments and gradient sums stay in fp32 beside it")
+
+
+@dataclass(frozen=True)
+class GridFlags:
+    """processes and network"""
+
+    dist_url: str = _flag(
+        "", "tcp://host:port of rank 0, the same for all ranks [MASTER_ADDR, MASTER_PORT]", agree=False
+    )
+    rank: int = _flag(-1, "this process's number, 0 … world-size − 1 [RANK or SLURM_PROCID]", agree=False)
+    world_size: int = _flag(0, "processes of all pipelines [WORLD_SIZE or SLURM_NTASKS, else P × D]")
+    pipeline_group_size: int = _flag(1, "P: stages of each pipeline")
+    data_group_size: int = _flag(1, "D: pipelines (replicas) side by side")
+    net_interface: str = _flag(
+        "", "network interface for all traffic [the one whose route reaches rank 0]", agree=False
+    )
+    use_cuda: str = _flag(
+        "", "true or false [true where there is a CUDA device]", choices=("true", "false"), agree=False
+    )
+    cuda_id: int = _flag(0, "number of the CUDA device [LOCAL_RANK or SLURM_LOCALID]", agree=False)
+    dist_backend: str = _flag("gloo", "what carries activations and control", choices=("gloo", "nccl", "cupy_nccl"))
+    dp_backend: str = _flag("gloo", "what carries gradients between replicas", choices=("gloo", "nccl"))
+    join_timeout: float = _flag(300.0, "seconds to wait for the master and for all ranks at the start")
+    wire_timeout: float = _flag(1800.0, "seconds that any one wait for a peer may take during the run")
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """data"""
+
+    task_name: str = _flag(
+        "", "jsonl files with a text on each line, and weights: a.jsonl:0.2,b.jsonl:0.8", agree=False
+    )
+    seq_length: int = _flag(1024, "tokens of a sequence")
+    batch_size: int = _flag(32, "sequences of each replica in one accumulation step")
+    micro_batch_size: int = _flag(8, "sequences that travel through the pipeline together")
+    gradient_accumulate_step: int = _flag(1, "accumulation steps of one update")
+    seed: int = _flag(1, "seed of the data's order, of random weights and of dropout")
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """optimizer"""
+
+    optimizer: str = _flag(
+        "adamw", "adamw decays weights apart from the gradient; adam adds the decay to it", choices=("adamw", "adam")
+    )
+    lr: float = _flag(0.01, "peak learning rate")
+    total_steps: int = _flag(0, "accumulation steps of the whole run: updates × --gradient-accumulate-step")
+    warmup_steps: int = _flag(0, "updates over which the learning rate rises; then it falls linearly to 0")
+    weight_decay: float = _flag(0.01, "on all weights but norms and biases")
+    adam_beta1: float = _flag(0.9, "decay of the first moment")
+    adam_beta2: float = _flag(0.999, "decay of the second moment")
+    adam_eps: float = _flag(1e-6, "added to the root of the second moment")
+    max_grad_norm: float = _flag(1.0, "longest global gradient; longer ones are scaled down; 0: no clipping")
+
+
+@dataclass(frozen=True)
+class ScheduleFlags:
+    """schedule"""
+
+    pp_mode: str = _flag("gpipe", "pipeline schedule", choices=("gpipe", "1f1b"))
+    pp_ahead: int = _flag(1, "1f1b: forwards in flight for each hop to the last stage; more hide a slow link")
+    dp_mode: str = _flag("allreduce", "how replicas sum their gradients", choices=("allreduce",))
+
+
+@dataclass(frozen=True)
+class CheckpointFlags:
+    """checkpoints"""
+
+    checkpoint_path: str = _flag("", "folder for checkpoints, metrics and traces", agree=False)
+    checkpoint_steps: int = _flag(0, "save each time this many accumulation steps are done; 0: only at the end")
+    load_checkpoint: bool = _flag(True, "go on from the latest checkpoint in --checkpoint-path, if there is one")
+
+
+@dataclass(frozen=True)
+class WatchFlags:
+    """watching"""
+
+    train_log_backend: str = _flag(
+        "print", "where rank 0 sends metrics besides metrics.jsonl", choices=("print", "wandb")
+    )
+    project_name: str = _flag("farspan", "wandb project; WANDB_NAME names the run")
+    log_steps: int = _flag(
+        0, "print a line each time this many updates are done; 0: only the progress bar", agree=False
+    )
+    profiling: str = _flag(
+        "no-profiling",
+        "tidy_profiling writes a Chrome/Perfetto trace of each rank",
+        choices=("no-profiling", "tidy_profiling"),
+    )
+    debug: bool = _flag(False, "show tracebacks", agree=False)
+
+
+GROUPS = (ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags)
+SWITCHES = {"bf16", "debug"}
+"""Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
+
+INERT = (
+    "--train-warmup-steps", "--job-id", "--num-iters", "--train-data", "--valid-data", "--tokenizer-type",
+    "--vocab-file", "--vocab-extra-ids", "--make-vocab-size-divisible-by", "--trace-postfix",
+)  # fmt: skip
+"""Flags that launch scripts of this lineage pass and nothing ever read."""
+
+NOT_YET = {
+    "--fp16": "use --bf16 or neither",
+    "--use-offload": "leave it out",
+    "--evaluation-data": "leave it out",
+    "--evaluation-steps": "leave it out",
+    "--evaluation-num-batch": "leave it out",
+    "--loss-scale": "leave it out",
+    "--initial-loss-scale": "leave it out",
+    "--min-loss-scale": "leave it out",
+    "--loss-scale-window": "leave it out",
+    "--hysteresis": "leave it out",
+}
+"""Flags with a meaning that farspan does not give them: going on without would train something else."""
+
+
+@dataclass(frozen=True)
+class Config(ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags):
+    """One run, as one rank was told."""
+
+    @property
+    def micro_batches(self) -> int:
+        return self.batch_size // self.micro_batch_size
+
+    @property
+    def updates(self) -> int:
+        return self.total_steps // self.gradient_accumulate_step
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.checkpoint_path)
+
+    def agreement(self) -> dict[str, str]:
+        """What every rank must have been told alike: flag → value."""
+        return {f"--{_dash(f.name)}": str(getattr(self, f.name)) for f in fields(self) if f.metadata["agree"]}
+
+    def public(self) -> dict[str, Any]:
+        """All values, for logs. Nothing here is a secret."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+_METAVARS = {int: "N", float: "X", bool: "BOOL", str: "S"}
+
+
+def _dash(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:  # noqa: ANN401 - never returns
+        raise ConfigError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = _Parser(
+        prog="dist_train.py",
+        description="Fine-tune a GPT-J, GPT-NeoX or Llama model. Start one process a GPU, each with its own --rank.",
+        epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master.",
+        allow_abbrev=False,
+    )
+    for group in GROUPS:
+        section = made.add_argument_group(group.__doc__)
+        types = get_type_hints(group)
+        for f in fields(group):
+            help = f.metadata["help"]
+            options: dict[str, Any] = {"default": f.default}
+            if f.name in SWITCHES:
+                options["action"] = "store_true"
+            else:
+                options["type"] = _bool if types[f.name] is bool else types[f.name]
+                options["choices"] = f.metadata["choices"] or None
+                options["metavar"] = None if options["choices"] else _METAVARS[types[f.name]]
+                if "[" not in help and f.default != "":
+                    help += f" [{str(f.default).lower() if types[f.name] is bool else f.default}]"
+            section.add_argument(f"--{_dash(f.name)}", help=help.replace("%", "%%"), **options)
+    return made
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tuple[Config, list[str]]:
+    """Flags (and the launcher's environment) → the config, not yet checked, and notices for the user.
+
+    Raises `ConfigError` for an unknown flag or an unreadable value.
+    """
+    known, rest = parser().parse_known_args(list(argv))
+    notices = []
+    position = 0
+    while position < len(rest):
+        name = rest[position].split("=")[0]
+        has_value = "=" not in rest[position] and position + 1 < len(rest) and not rest[position + 1].startswith("--")
+        if name in NOT_YET:
+            raise ConfigError(f"{name} is not supported: {NOT_YET[name]}")
+        if name not in INERT:
+            raise ConfigError(f"unknown flag {rest[position]}; dist_train.py --help lists all of them")
+        notices.append(f"{name} has no effect and is ignored")
+        position += 2 if has_value else 1
+    values = vars(known)
+    values.update(_from_launcher(known, os.environ if environ is None else environ))
+    return Config(**values), notices
+
+
+def grid_only(argv: Sequence[str]) -> Config | None:
+    """What flags that could not be parsed still say of the grid, so that the other ranks can be told."""
+    reader = _Parser(add_help=False, allow_abbrev=False)
+    for name, kind in (("--dist-url", str), ("--rank", int), ("--world-size", int)):
+        reader.add_argument(name, type=kind, default=Config.__dataclass_fields__[name[2:].replace("-", "_")].default)
+    for name in ("--pipeline-group-size", "--data-group-size"):
+        reader.add_argument(name, type=int, default=1)
+    try:
+        known, _ = reader.parse_known_args(list(argv))
+        return Config(**{**vars(known), **_from_launcher(argparse.Namespace(cuda_id=0, **vars(known)), os.environ)})
+    except (ConfigError, ValueError):
+        return None
+
+
+def _from_launcher(told: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
+    """Rank, world size, master and device of torchrun or Slurm, where the flags are absent."""
+    found: dict[str, Any] = {}
+    torchrun, slurm = "RANK" in env and "WORLD_SIZE" in env, "SLURM_PROCID" in env
+    if told.rank < 0 and (torchrun or slurm):
+        found["rank"] = int(env["RANK"] if torchrun else env["SLURM_PROCID"])
+        local = env.get("LOCAL_RANK") if torchrun else env.get("SLURM_LOCALID")
+        if told.cuda_id == 0 and local is not None:
+            found["cuda_id"] = int(local)
+    if not told.world_size:
+        if torchrun or slurm:
+            found["world_size"] = int(env["WORLD_SIZE"] if torchrun else env["SLURM_NTASKS"])
+        else:
+            found["world_size"] = told.pipeline_group_size * told.data_group_size
+    if not told.dist_url:
+        if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+            # torchrun's own agent listens on MASTER_PORT itself.
+            port = int(env["MASTER_PORT"]) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+            found["dist_url"] = f"tcp://{env['MASTER_ADDR']}:{port}"
+        elif slurm and (nodes := env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST"))):
+            found["dist_url"] = f"tcp://{first_host(nodes)}:{20000 + int(env.get('SLURM_JOB_ID', 0)) % 20000}"
+    return found
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: `n[03-05,9],m1` → `n03`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    return "".join(filter(None, match.groups())) if match else nodes
+
+
+def validate(config: Config) -> None:
+    """All that can be said of the flags without looking at a file. Raises `ConfigError`, naming the flag."""
+    c = config
+
+    def refuse(bad: object, message: str) -> None:
+        if bad:
+            raise ConfigError(message)
+
+    grid = c.pipeline_group_size * c.data_group_size
+    refuse(not c.model_name, "--model-name is needed: a folder of layer shards, or a Hugging Face folder")
+    refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun or srun)")
+    refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun or srun)")
+    for name in (
+        "pipeline_group_size", "data_group_size", "seq_length", "batch_size", "micro_batch_size",
+        "gradient_accumulate_step", "pp_ahead",
+    ):  # fmt: skip
+        refuse(getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be at least 1")
+    for name in ("lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers"):
+        refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
+    refuse(
+        c.world_size != grid,
+        f"--world-size {c.world_size} is not --pipeline-group-size {c.pipeline_group_size} × "
+        f"--data-group-size {c.data_group_size} = {grid}",
+    )
+    refuse(c.rank >= c.world_size, f"--rank {c.rank} is not below --world-size {c.world_size}")
+    refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
+    refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
+    refuse(
+        c.batch_size % c.micro_batch_size,
+        f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
+    )
+    refuse(c.seq_length < 2, f"--seq-length {c.seq_length} must be at least 2: a token and the one to predict")
+    refuse(not c.task_name and c.rank == 0, "--task-name is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
+    refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
+    refuse(c.total_steps < 1, "--total-steps is needed: accumulation steps of the whole run")
+    refuse(
+        c.total_steps % c.gradient_accumulate_step,
+        f"--total-steps {c.total_steps} is not a multiple of --gradient-accumulate-step {c.gradient_accumulate_step}, "
+        "so the last steps would never reach the weights",
+    )
+    refuse(
+        c.warmup_steps > c.updates,
+        f"--warmup-steps {c.warmup_steps} is more than the run's {c.updates} updates "
+        "(--total-steps ÷ --gradient-accumulate-step)",
+    )
+    refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
+    split = c.layer_split.replace(",", "")
+    refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    for name in ("adam_beta1", "adam_beta2"):
+        refuse(not 0 <= getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be in [0, 1)")

@@ -1,0 +1,124 @@
+"""All groups, lanes and links of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+from ..comm.codec import RawCodec
+from ..comm.gloo import GlooGroup
+from ..comm.group import Group
+from ..comm.lane import Recorder, ThreadLane
+from ..comm.link import Receiver, Sender
+from ..comm.rendezvous import Rendezvous
+from ..comm.topology import Coord, Topology
+from ..pipeline.executor import Edges
+from .config import Config
+from .feed import Ends
+
+
+@dataclass
+class Wires:
+    """What a rank talks through. `close` finishes what is under way first."""
+
+    edges: Edges
+    ends: Ends
+    peers: Group | None
+    tie: Group | None
+    world: Group | None
+    collectives: ThreadLane
+    data: ThreadLane
+    lanes: list[ThreadLane] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+        for group in self.groups:
+            group.close()
+
+
+def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every group of a run, in the one order in which all ranks create theirs (so that none waits in a circle).
+
+    Each directed edge is a group of its own: two directions never block each other.
+    """
+    for replica in range(topology.replicas):
+        line = topology.pipeline(replica)
+        for a, b in pairwise(line):
+            yield f"{a}→{b}", (a, b)
+            yield f"{b}→{a}", (a, b)
+        if tied and topology.stages > 1:
+            yield f"tied embedding of replica {replica}", (line[0], line[-1])
+    for kind, stage in (("tokens", 0), ("labels", topology.stages - 1)):
+        for rank in topology.peers(stage):
+            if rank != 0:
+                yield f"{kind}→{rank}", (0, rank)
+    if topology.replicas > 1:
+        for stage in range(topology.stages):
+            yield f"replicas of stage {stage}", topology.peers(stage)
+    if topology.world > 1:
+        yield "world", tuple(range(topology.world))
+
+
+def connect(
+    config: Config,
+    topology: Topology,
+    meeting: Rendezvous,
+    interface: str,
+    tied: bool,
+    device: torch.device,
+    record: Recorder | None,
+) -> Wires:
+    """Create this rank's groups and lanes; blocks until all peers have come."""
+    rank, liveness = meeting.rank, meeting.liveness
+    here = topology.coord(rank)
+    groups: dict[str, Group] = {}
+    for name, members in group_members(topology, tied):
+        if rank in members:
+            liveness.check()
+            groups[name] = GlooGroup(meeting.store, name, members, rank, interface, config.join_timeout)
+    codec, lanes, timeout_s = RawCodec(), [], config.wire_timeout
+
+    def lane(name: str) -> ThreadLane:
+        made = ThreadLane(name, check=liveness.check, on_error=liveness.report, record=record)
+        lanes.append(made)
+        return made
+
+    def sender(name: str, to: int, lane_name: str) -> Sender:
+        return Sender(groups[name], to, codec, lane(lane_name), timeout_s)
+
+    def receiver(name: str, source: int, lane_name: str, to_device: torch.device = device) -> Receiver:
+        return Receiver(groups[name], source, codec, lane(lane_name), timeout_s, device=to_device)
+
+    before = topology.rank(Coord(here.replica, here.stage - 1)) if here.stage > 0 else None
+    after = topology.rank(Coord(here.replica, here.stage + 1)) if here.stage + 1 < topology.stages else None
+    edges = Edges(
+        from_previous=receiver(f"{before}→{rank}", before, "forward receive") if before is not None else None,
+        to_previous=sender(f"{rank}→{before}", before, "backward send") if before is not None else None,
+        from_next=receiver(f"{after}→{rank}", after, "backward receive") if after is not None else None,
+        to_next=sender(f"{rank}→{after}", after, "forward send") if after is not None else None,
+    )
+    host = torch.device("cpu")
+    ends = Ends(
+        tokens_to={r: sender(f"tokens→{r}", r, f"tokens→{r}") for r in topology.peers(0) if rank == 0 != r},
+        labels_to={
+            r: sender(f"labels→{r}", r, f"labels→{r}") for r in topology.peers(topology.stages - 1) if rank == 0 != r
+        },
+        tokens_from=receiver(f"tokens→{rank}", 0, "tokens", host) if f"tokens→{rank}" in groups else None,
+        labels_from=receiver(f"labels→{rank}", 0, "labels", host) if f"labels→{rank}" in groups else None,
+    )
+    return Wires(
+        edges,
+        ends,
+        peers=groups.get(f"replicas of stage {here.stage}"),
+        tie=groups.get(f"tied embedding of replica {here.replica}"),
+        world=groups.get("world"),
+        collectives=lane("gradients"),
+        data=lane("data"),
+        lanes=lanes,
+        groups=list(groups.values()),
+    )
