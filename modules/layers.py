@@ -67,12 +67,12 @@ def build_layers(
 ) -> list[nn.Module]:
     """The modules of `units`, in order, with uninitialised parameters: load or `init_unit` them. One Rotary for all."""
     rotary = Rotary(spec)
-    layers = []
+    layers: list[nn.Module] = []
     for unit in units:
         spec.unit_name(unit)  # refuses a unit that is not there
         with torch.device("meta"):  # no time spent on torch's own initialisation
             layer = Embed(spec) if unit == 0 else Head(spec) if unit == spec.head_unit else Block(spec, rotary)
-        layers.append(layer.to(dtype).to_empty(device=device))
+            layers.append(layer.to(dtype).to_empty(device=device))
     return layers
 
 

@@ -148,13 +148,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in self._turned(x))
         grouped = self.queries_per_kv > 1
-        # Grouped heads without copies need a kernel that knows them; off CUDA, and in fp32, sdpa would fall back to
-        # one that writes out the T × T weights.
-        native = q.is_cuda and q.dtype != torch.float32
-        if grouped and not native:
+        if grouped and q.is_cuda and q.dtype == torch.float32:
+            # CUDA's fp32 kernel does not know grouped heads; sdpa would fall back to writing out the T × T weights.
             k, v = k.repeat_interleave(self.queries_per_kv, 1), v.repeat_interleave(self.queries_per_kv, 1)
+            grouped = False
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped and native)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _turned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

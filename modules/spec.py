@@ -31,7 +31,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's shape. It is cut into `unit_count` units: 0 is the embedding, 1…layers the blocks, the last the head."""
+    """A model's shape. It is cut into `unit_count` units: 0 the embedding, 1…layers the blocks, the last the head."""
 
     family: str  # a key of families.FAMILIES
     layers: int
@@ -171,7 +171,7 @@ def _family_of(config: Mapping[str, Any], where: str) -> Family:
     raise SpecError(f"{where}: model_type {found!r} is not supported; farspan trains {known}")
 
 
-def _check_type(name: str, value: Any, key: str, where: str) -> None:
+def _check_type(name: str, value: object, key: str, where: str) -> None:
     """Refuse what would fail much later, or worse, would not."""
     kind = {f.name: f.type for f in fields(ModelSpec)}[name]
     if value is None:
@@ -181,8 +181,8 @@ def _check_type(name: str, value: Any, key: str, where: str) -> None:
     elif kind is int:
         good = isinstance(value, int) and not isinstance(value, bool) and value > 0
     elif kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        good = number and (value <= 1 or not name.endswith("dropout"))
+        top = 1 if name.endswith("dropout") else math.inf
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= top
     else:
         good = isinstance(value, str | int)
     if not good:
