@@ -1,0 +1,8 @@
+"""Write a GPT-NeoX shard folder or training checkpoint as a plain Hugging Face checkpoint."""
+
+import sys
+
+from farspan.converters.hf import main_to
+
+if __name__ == "__main__":
+    sys.exit(main_to("gptneox"))
