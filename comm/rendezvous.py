@@ -86,7 +86,7 @@ class Rendezvous:
         """Leave in peace. Rank 0 goes last, since its store is everyone's."""
         if self.rank != 0:
             self.liveness.close()
-            self.store.set(f"bye/{self.rank}", "")
+            self.store.set(f"bye/{self.rank}", json.dumps(""))
         else:
             self.exchange("bye", "")
             self.liveness.close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors import safe_open
 
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
-from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_json, write_unit
+from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
 from .optim import MOMENTS, Optimizer
 
@@ -141,18 +142,19 @@ class Checkpoints:
         meeting.exchange(f"{name} opened", "", self._timeout_s)
         files = _write_units(temporary, spec, optimizer) if self.writes else []
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
-        answers = meeting.exchange(f"{name} written", {"files": files, "progress": asdict(progress)}, self._timeout_s)
+        mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(spec, optimizer)}
+        answers = meeting.exchange(f"{name} written", mine, self._timeout_s)
+        if len({answer["tied"] for answer in answers} - {None}) > 1:
+            raise CheckpointError(f"{final} is not written: the copies of the tied embedding are no longer the same")
         if self.leads:
             write_index(temporary, spec, dtype)
             copy_tokenizer(tokenizer, temporary)
             trainer = {"format": FORMAT, **answers[0]["progress"]}
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
             present = sorted(path.name for path in temporary.iterdir())
-            missing = {f for r in self.site for f in answers[r]["files"]} - set(present)
+            missing = sorted({f for r in self.site for f in answers[r]["files"]} - set(present))
             if missing:
-                raise CheckpointError(
-                    f"{temporary}: {', '.join(sorted(missing))} vanished while the checkpoint was written"
-                )
+                raise CheckpointError(f"{temporary}: {missing[0]} vanished while the checkpoint was written")
             manifest = {"format": FORMAT, "files": {f: (temporary / f).stat().st_size for f in present}}
             for file in present:
                 _flush(temporary / file)
@@ -191,10 +193,11 @@ class Checkpoints:
                     for key in have
                     if key.rpartition(".")[0] == tensor.hf_name
                 }
+            want = tensor.parameter.shape
             for key, value in state.items():
-                if value.shape != tensor.parameter.shape:
+                if value.shape != want:
                     raise CheckpointError(
-                        f"{path}: {tensor.hf_name}.{key} is {list(value.shape)}, the model needs {list(tensor.parameter.shape)}"
+                        f"{path}: {tensor.hf_name}.{key} is {list(value.shape)}, the model needs {list(want)}"
                     )
             optimizer.load_state(index, state, progress.updates)
         return progress
@@ -229,6 +232,14 @@ def _write_units(folder: Path, spec: ModelSpec, optimizer: Optimizer) -> list[st
         save_tensors(folder / _optim_file(spec, unit), states)
         written += [unit_file(spec, unit), _optim_file(spec, unit)]
     return written
+
+
+def _tied_checksum(spec: ModelSpec, optimizer: Optimizer) -> int | None:
+    """Of this stage's copy of a tied embedding. All copies must be the same bits: only the first stage's is saved."""
+    for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
+        if spec.tied and tensor.owner == 0:
+            return zlib.crc32(master.detach().cpu().numpy())
+    return None
 
 
 def _write_flushed(path: Path, text: str) -> None:

@@ -16,7 +16,6 @@ from types import FrameType
 
 import psutil
 import torch
-import transformers
 from tqdm import tqdm
 
 from .. import __version__
@@ -308,6 +307,8 @@ def _mixture(config: Config, spec: ModelSpec) -> TaskMixture:
     if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
     name = config.tokenizer_name or config.model_name
+    import transformers  # late: only rank 0 needs it, and it takes seconds
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

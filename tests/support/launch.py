@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
+
+# The server imports torch once; each rank is a fork of it, in a process of its own, without those two seconds.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["warm"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 def free_port() -> int:
@@ -24,7 +30,7 @@ def free_port() -> int:
 
 
 def flags_of(values: dict[str, Any]) -> list[str]:
-    """{'seq_length': 16, 'bf16': True} → ['--seq-length', '16', '--bf16']."""
+    """{'seq_length': 16, 'bf16': True, 'num_layers': None} → ['--seq-length', '16', '--bf16']."""
     words = []
     for name, value in values.items():
         if value is not None:
@@ -34,9 +40,22 @@ def flags_of(values: dict[str, Any]) -> list[str]:
     return words
 
 
+def _rank(argv: list[str], log: str, env: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(env)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    import torch
+    from farspan.runtime.train import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(argv))
+
+
 @dataclass
 class Ended:
-    """How one rank ended."""
+    """How one rank ended, and when (time.monotonic)."""
 
     code: int
     err: str
@@ -44,41 +63,64 @@ class Ended:
 
 
 class Run:
-    """All ranks of one run, as a context: `with Run(2, 1, flags) as run: run.wait()`."""
+    """All ranks of one run, as a context: `with Run(2, 1, flags) as run: run.succeed()`."""
 
-    def __init__(self, stages: int, replicas: int, flags: dict[str, Any], *, by_rank: dict[int, dict[str, Any]] | None = None, ranks: list[int] | None = None, port: int | None = None, env: dict[str, str] | None = None) -> None:
-        self.world = stages * replicas
-        self.url = f"tcp://127.0.0.1:{port or free_port()}"
-        self.processes: dict[int, subprocess.Popen] = {}
-        self.logs: dict[int, Path] = {}
-        self._flags = {"dist_url": self.url, "world_size": self.world, "pipeline_group_size": stages, "data_group_size": replicas, "use_cuda": "false", **flags}
+    def __init__(
+        self,
+        stages: int,
+        replicas: int,
+        flags: dict[str, Any],
+        *,
+        by_rank: dict[int, dict[str, Any]] | None = None,
+        ranks: list[int] | None = None,
+        port: int | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        world = stages * replicas
+        self.port = port or free_port()
+        self.folder = Path(flags["checkpoint_path"])
+        self.processes: dict[int, ForkServerProcess] = {}
+        self._flags = {
+            "dist_url": f"tcp://127.0.0.1:{self.port}",
+            "world_size": world,
+            "pipeline_group_size": stages,
+            "data_group_size": replicas,
+            "use_cuda": "false",
+            **flags,
+        }
         self._by_rank = by_rank or {}
-        self._ranks = list(range(self.world)) if ranks is None else ranks
-        self._env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
+        self._ranks = list(range(world)) if ranks is None else ranks
+        self._env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
 
     def __enter__(self) -> Run:
-        logs = Path(self._flags["checkpoint_path"])
-        logs.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for rank in self._ranks:
+            self._log(rank).unlink(missing_ok=True)
             self.start(rank)
         return self
 
     def start(self, rank: int) -> None:
-        values = {**self._flags, "rank": rank, **self._by_rank.get(rank, {})}
-        self.logs[rank] = Path(self._flags["checkpoint_path"]) / f"rank{rank}.err"
-        with self.logs[rank].open("w") as err:
-            self.processes[rank] = subprocess.Popen(
-                [sys.executable, str(REPO / "dist_train.py"), *flags_of(values)], stderr=err, stdout=err, env=self._env, start_new_session=True
-            )
+        argv = flags_of({**self._flags, "rank": rank, **self._by_rank.get(rank, {})})
+        process = _server.Process(target=_rank, args=(argv, str(self._log(rank)), self._env))
+        process.start()
+        self.processes[rank] = process
 
     def __exit__(self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
         for process in self.processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.err"
 
     def err(self, rank: int) -> str:
-        return self.logs[rank].read_text()
+        return self._log(rank).read_text() if self._log(rank).exists() else ""
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
 
     def wait(self, deadline_s: float = 90.0) -> dict[int, Ended]:
         """Wait for all ranks; fails the test, with what they said, when the deadline passes."""
@@ -86,11 +128,12 @@ class Run:
         ended: dict[int, Ended] = {}
         while len(ended) < len(self.processes):
             for rank, process in self.processes.items():
-                if rank not in ended and process.poll() is not None:
-                    ended[rank] = Ended(process.returncode, self.err(rank), time.monotonic())
+                if rank not in ended and process.exitcode is not None:
+                    ended[rank] = Ended(process.exitcode, self.err(rank), time.monotonic())
             if time.monotonic() - start > deadline_s:
                 said = "\n".join(f"--- rank {rank}\n{self.err(rank)[-2000:]}" for rank in self.processes)
-                raise AssertionError(f"ranks {sorted(set(self.processes) - set(ended))} still run after {deadline_s} s\n{said}")
+                alive = sorted(set(self.processes) - set(ended))
+                raise AssertionError(f"ranks {alive} still run after {deadline_s} s\n{said}")
             time.sleep(0.02)
         return ended
 
@@ -101,17 +144,15 @@ class Run:
     def wait_for_step(self, step: int, deadline_s: float = 60.0) -> None:
         """Wait until metrics.jsonl has reached `step`."""
         start = time.monotonic()
-        while True:
-            rows = read_metrics(Path(self._flags["checkpoint_path"]))
-            if rows and rows[-1]["step"] >= step:
-                return
-            dead = [r for r, p in self.processes.items() if p.poll() is not None]
+        while not ((rows := read_metrics(self.folder)) and rows[-1]["step"] >= step):
+            dead = [rank for rank, process in self.processes.items() if process.exitcode is not None]
             assert not dead, f"rank {dead[0]} ended early:\n{self.err(dead[0])[-3000:]}"
             assert time.monotonic() - start < deadline_s, f"step {step} was not reached in {deadline_s} s"
             time.sleep(0.02)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole rows of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    return [json.loads(line) for line in whole]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "the a small red ball of Lily was in park and she saw big day to play with it sun went up down".split()
+WORDS = tuple("the a small red ball of Lily was in park and she saw big day to play with it sun went up".split(" "))
 VOCAB = 64
 
 

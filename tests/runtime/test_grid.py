@@ -1,0 +1,150 @@
+"""A grid of any shape trains exactly as one process would: a plain transformers loop on the same global batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from farspan.runtime.tasks import TaskMixture
+from launch import Run, read_metrics
+from tiny import make_model, make_task
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+ROWS, LENGTH, UPDATES, WARMUP, LR, SEED = 8, 16, 4, 1, 3e-3, 7
+
+#      stages replicas micro-batches  layers of each stage
+GRIDS = [
+    (1, 1, 1, None),
+    (2, 1, 4, None),
+    (3, 1, 4, "1,3,1"),
+    (2, 2, 2, None),
+    (1, 2, 2, None),
+    (4, 1, 8, None),
+]
+
+
+@dataclass
+class Reference:
+    """What a plain loop saw: loss and gradient norm of each update, weights at the end."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+@dataclass
+class World:
+    folder: Path
+    task_name: str
+
+    def model(self, family: str, **changes: object) -> Path:
+        name = "-".join([family, *(f"{k}{v}" for k, v in changes.items())])
+        folder = self.folder / name
+        return folder if folder.exists() else make_model(folder, family, **changes)
+
+    def reference(self, model: Path, accumulate: int) -> Reference:
+        return plain_loop(model, self.task_name, accumulate)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("grid")
+    a, b = make_task(folder / "a.jsonl"), make_task(folder / "b.jsonl", seed=1)
+    return World(folder, f"{a}:0.3,{b}:0.7")
+
+
+_references: dict[tuple[Path, int], Reference] = {}
+
+
+def plain_loop(folder: Path, task_name: str, accumulate: int) -> Reference:
+    """Hugging Face's model, torch's AdamW and clipping, transformers' schedule; one backward for the whole batch."""
+    key = folder, accumulate
+    if key in _references:
+        return _references[key]
+    tasks = [(Path(part.split(":")[0]), float(part.split(":")[1])) for part in task_name.split(",")]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mixture = TaskMixture(tasks, lambda text: tokenizer(text)["input_ids"], LENGTH, SEED)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    flat = [p for p in model.parameters() if p.ndim == 1]  # norms and biases
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": flat, "weight_decay": 0.0}], lr=LR, eps=1e-6
+    )
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
+    losses, norms = [], []
+    for _ in range(UPDATES):
+        ids = torch.from_numpy(mixture.draw(accumulate * ROWS))
+        loss = model(input_ids=ids, labels=ids).loss  # no padding: the mean over all rows' T − 1 targets
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    model.save_pretrained(folder / f"reference-{accumulate}")
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    _references[key] = Reference(losses, norms, weights)
+    return _references[key]
+
+
+def check_equal(checkpoints: Path, reference: Reference, rtol: float = 1e-5) -> None:
+    rows = read_metrics(checkpoints)
+    torch.testing.assert_close([row["loss"] for row in rows], reference.losses, rtol=rtol, atol=0)
+    torch.testing.assert_close([row["grad_norm"] for row in rows], reference.norms, rtol=rtol, atol=0)
+    trained = AutoModelForCausalLM.from_pretrained(checkpoints / f"checkpoint_{rows[-1]['step']}")
+    for name, parameter in trained.named_parameters():
+        want = reference.weights[name]
+        assert (parameter - want).norm() <= rtol * want.norm(), name
+
+
+def flags(world: World, model: Path, checkpoints: Path, replicas: int, micro_batches: int, accumulate: int) -> dict:
+    rows = ROWS // replicas
+    return {
+        "model_name": model,
+        "task_name": world.task_name,
+        "checkpoint_path": checkpoints,
+        "seq_length": LENGTH,
+        "batch_size": rows,
+        "micro_batch_size": rows // micro_batches,
+        "gradient_accumulate_step": accumulate,
+        "total_steps": UPDATES * accumulate,
+        "warmup_steps": WARMUP,
+        "lr": LR,
+        "seed": SEED,
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mode", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("stages", "replicas", "micro_batches", "split"), GRIDS)
+def test_every_grid_equals_one_process(
+    world: World, tmp_path: Path, stages: int, replicas: int, micro_batches: int, split: str, mode: str, accumulate: int
+) -> None:
+    model = world.model("gptneox")
+    run_flags = flags(world, model, tmp_path, replicas, micro_batches, accumulate)
+    with Run(stages, replicas, {**run_flags, "pp_mode": mode, "layer_split": split}) as run:
+        run.succeed()
+    check_equal(tmp_path, world.reference(model, accumulate))
+
+
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+def test_the_other_families_on_a_grid(world: World, tmp_path: Path, family: str) -> None:
+    model = world.model(family)
+    with Run(2, 2, {**flags(world, model, tmp_path, 2, 2, 1), "pp_mode": "1f1b", "pp_ahead": 2}) as run:
+        run.succeed()
+    check_equal(tmp_path, world.reference(model, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gptneox"])
+@pytest.mark.parametrize(("stages", "replicas", "micro_batches"), [(1, 1, 2), (3, 1, 4), (2, 2, 2)])
+def test_tied_embeddings_over_stages(
+    world: World, tmp_path: Path, stages: int, replicas: int, micro_batches: int, family: str
+) -> None:
+    """Saving compares the two copies bit for bit and fails if they differ; here they must also be the right ones."""
+    model = world.model(family, tie_word_embeddings=True)
+    with Run(stages, replicas, flags(world, model, tmp_path, replicas, micro_batches, 1)) as run:
+        run.succeed()
+    check_equal(tmp_path, world.reference(model, 1))
