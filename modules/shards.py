@@ -123,13 +123,15 @@ class ShardStore:
         """
         facts = self.spec.facts
         known = {name for unit in range(self.spec.unit_count) for name in hf_names(self.spec, unit).values()}
-        for name in sorted(known - self.files.keys()):
+        missing = sorted(known - self.files.keys())
+        for name in missing:
             if name.removeprefix(facts.base_prefix) in self.files:
                 raise ShardError(
                     f"{self.folder} was saved from the bare model ({name} lacks its {facts.base_prefix!r}): "
                     f"save it again from {facts.architecture}"
                 )
-            raise ShardError(f"{self.folder} has no tensor {name}: config.json and weights are not of one model")
+        if missing:
+            raise ShardError(f"{self.folder} has no tensor {missing[0]}: config.json and weights are not of one model")
         if self.spec.tied:
             known.add(f"{facts.modules['out']}.weight")  # some writers repeat the embedding here
         for name in sorted(self.files.keys() - known):
