@@ -56,6 +56,12 @@ def test_a_tied_head_starts_as_the_embedding() -> None:
     assert not torch.equal(embedding, initialised(LLAMA, LLAMA.head_unit)["out.weight"])
 
 
+def test_a_padding_token_starts_at_zero() -> None:
+    spec = ModelSpec.from_config({"model_type": "llama", "vocab_size": 500, "pad_token_id": 3, **SMALL})
+    embedding = initialised(spec, 0)["tokens.weight"]
+    assert (embedding == 0).all(-1).nonzero().flatten().tolist() == [3]
+
+
 def test_names_on_disk() -> None:
     assert hf_names(NEOX, 2)["attn.qkv.weight"] == "gpt_neox.layers.1.attention.query_key_value.weight"
     assert hf_names(NEOX, 3) == {
