@@ -158,7 +158,8 @@ def hf_config(spec_or_config: ModelSpec | dict[str, Any], dtype: torch.dtype | s
         # 4.57's YaRN divides the two context lengths when it is given the old one, and so would lose the factor here.
         if rope["rope_type"] == "yarn" and rope["original_max_position_embeddings"] == spec.max_positions:
             del rope["original_max_position_embeddings"]
-        config["rope_scaling"] = rope
+        beside = ("rope_theta", "partial_rotary_factor")  # 4.x has these at the top, and warns of strangers here
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key not in beside}
     return config
 
 
