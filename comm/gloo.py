@@ -8,12 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed import PrefixStore, Store
 
 from .errors import LinkTimeout, PeerLost, WireError
+
+# torch ships no types for this class's methods.
+ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo
 
 
 def _is_timeout(error: RuntimeError) -> bool:
@@ -48,10 +53,13 @@ class GlooGroup:
         self._run(lambda: self._pg.recv([out], self.members.index(source), 0), source, timeout_s, operation)
 
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
-        self._run(lambda: self._pg.allreduce(x), self._other, timeout_s, operation)
+        # Without a deadline of their own, collectives take the one for connecting, and go on when the wait has ended.
+        limit = timedelta(seconds=timeout_s)
+        self._run(lambda: self._pg.allreduce(x, timeout=limit), self._other, timeout_s, operation)
 
     def broadcast(self, x: Tensor, source: int, *, timeout_s: float, operation: str = "broadcast") -> None:
-        self._run(lambda: self._pg.broadcast(x, self.members.index(source)), self._other, timeout_s, operation)
+        root, limit = self.members.index(source), timedelta(seconds=timeout_s)
+        self._run(lambda: self._pg.broadcast(x, root, timeout=limit), self._other, timeout_s, operation)
 
     def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None:
         # An all-reduce of one number, since Gloo's own barrier leaves no way to name a deadline per call.

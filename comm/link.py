@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,9 +61,7 @@ class Receiver:
     def _top_up(self) -> None:
         while self._due and len(self._posted) < self._depth:
             shape, dtype, label = self._due.popleft()
-            self._posted.append(
-                self._lane.submit(lambda s=shape, d=dtype, n=label: self._receive(s, d, n), label=label)
-            )
+            self._posted.append(self._lane.submit(partial(self._receive, shape, dtype, label), label=label))
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, label: str) -> Tensor:
         wire = torch.empty(self._codec.nbytes(shape, dtype), dtype=torch.uint8)

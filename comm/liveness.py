@@ -47,6 +47,7 @@ class Liveness:
         self._seen: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._cause: str | None = None
+        self._lost: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
@@ -64,7 +65,9 @@ class Liveness:
             line = str(error) if isinstance(error, WireError) else f"rank {self.rank}: {error}"
             try:
                 with self._lock:
-                    first = self._store.compare_set(_FAILURE, "", json.dumps({"rank": self.rank, "line": line}))
+                    lost = error.peer if isinstance(error, PeerLost) else None
+                    mine = {"rank": self.rank, "line": line, "lost": lost}
+                    first = self._store.compare_set(_FAILURE, "", json.dumps(mine))
                 self._learn(first)
             except RuntimeError:
                 # With the store gone, a broken connection has one explanation; any other error explains itself.
@@ -72,9 +75,9 @@ class Liveness:
         return self._cause or str(error)
 
     def linger(self, timeout_s: float) -> None:
-        """Rank 0 keeps the store open until all others know of the failure, at most `timeout_s` seconds."""
+        """Rank 0 keeps the store open until all who can know of the failure do, at most `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
-        acks = [f"ack/{rank}" for rank in range(1, self.world)]
+        acks = [f"ack/{rank}" for rank in range(1, self.world) if rank != self._lost]
         while self.rank == 0 and acks and time.monotonic() < deadline:
             with self._lock:
                 if self._store.check(acks):
@@ -87,7 +90,7 @@ class Liveness:
 
     def _learn(self, text: bytes) -> None:
         failure = json.loads(text)
-        line = failure["line"]
+        line, self._lost = failure["line"], failure["lost"]
         if failure["rank"] != self.rank:
             line = f"rank {self.rank}: stopping with the others. First cause: {line}"
         self._cause = self._cause or line

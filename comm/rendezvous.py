@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,8 +45,7 @@ class Rendezvous:
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = self.store.clone()
-        watch.set_timeout(timedelta(seconds=_ANSWER_S))
+        watch = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWER_S))
         self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
@@ -121,12 +121,14 @@ class Rendezvous:
                         f"({error}); is rank 0 running there, and the port open?"
                     ) from error
             time.sleep(0.2)
+        # The constructor waits for an answer without a deadline: it gets a thread that can be left behind.
+        pool = ThreadPoolExecutor(1)
+        joining = pool.submit(TCPStore, host, port, is_master=False, timeout=timedelta(seconds=self.timeout_s))
+        pool.shutdown(wait=False)
         try:
-            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWER_S))
-        except RuntimeError as error:
+            return joining.result(timeout=_ANSWER_S)
+        except (RuntimeError, TimeoutError) as error:
             raise RendezvousError(
-                f"rank {self.rank}: whoever listens at {self.where} is not farspan's rank 0; "
+                f"rank {self.rank}: whoever listens at {self.where} does not answer as farspan's rank 0 does; "
                 "choose another port in --dist-url"
             ) from error
-        store.set_timeout(timedelta(seconds=self.timeout_s))
-        return store

@@ -238,7 +238,7 @@ def _tied_checksum(spec: ModelSpec, optimizer: Optimizer) -> int | None:
     """Of this stage's copy of a tied embedding. All copies must be the same bits: only the first stage's is saved."""
     for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
         if spec.tied and tensor.owner == 0:
-            return zlib.crc32(master.detach().cpu().numpy())
+            return zlib.crc32(master.detach().cpu().contiguous().numpy().data)
     return None
 
 

@@ -184,6 +184,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
 
     timeline = Timeline() if config.profiling == "tidy_profiling" else None
     record = timeline.record if timeline is not None else None
+    # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
+    meeting.exchange("loaded", "", config.wire_timeout)
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
     tied = next(
         (

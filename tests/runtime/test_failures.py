@@ -1,0 +1,187 @@
+"""Whatever goes wrong: one clear line on the rank that knows, and no rank is left running or ends with 0."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from farspan.converters.hf import import_hf
+from launch import Ended, Run
+from tiny import make_model, make_tokenizer
+
+Flags = Callable[..., dict[str, Any]]
+TOGETHER_S = 15.0
+LOST_S = 10.0
+
+
+def ended_together(run: Run, within_s: float = TOGETHER_S) -> dict[int, Ended]:
+    ended = run.wait(60)
+    for rank, end in ended.items():
+        assert end.code not in (0, -signal.SIGKILL), f"rank {rank} ended with {end.code}:\n{end.err}"
+        assert "Traceback" not in end.err, f"rank {rank}:\n{end.err}"
+        assert "farspan: " in end.err, f"rank {rank} said nothing"
+    times = [end.at for end in ended.values()]
+    assert max(times) - min(times) < within_s
+    return ended
+
+
+def last_line(end: Ended) -> str:
+    return next(line for line in reversed(end.err.splitlines()) if line.startswith("farspan: "))
+
+
+def fails(run_flags: dict[str, Any], who: int, *words: str, stages: int = 2, **options: Any) -> None:  # noqa: ANN401
+    with Run(stages, 1, run_flags, **options) as run:
+        ended = ended_together(run)
+    line = last_line(ended[who])
+    for word in words:
+        assert word in line, line
+
+
+def test_wrong_folder(flags: Flags, tmp_path: Path) -> None:
+    fails(flags(), 1, "nowhere", by_rank={1: {"model_name": tmp_path / "nowhere"}})
+
+
+def test_wrong_folder_on_the_master(flags: Flags, tmp_path: Path) -> None:
+    fails(flags(), 0, "nowhere", by_rank={0: {"model_name": tmp_path / "nowhere"}})
+
+
+def test_the_other_ranks_name_the_first_cause(flags: Flags, tmp_path: Path) -> None:
+    fails(flags(), 0, "First cause: rank 1", "nowhere", by_rank={1: {"model_name": tmp_path / "nowhere"}})
+
+
+def test_missing_shard(flags: Flags, model: Path, tmp_path: Path) -> None:
+    shards = import_hf("gptneox", str(model), tmp_path / "shards")
+    (shards / "block-00004.safetensors").unlink()
+    fails(flags(model_name=shards), 1, "block-00004.safetensors", "missing")
+
+
+def test_wrong_model_type(flags: Flags) -> None:
+    fails(flags(model_type="llama"), 0, "--model-type llama", "gptneox")
+
+
+def test_world_is_not_the_grid(flags: Flags) -> None:
+    fails(flags(world_size=3), 0, "--world-size 3", "2")
+
+
+def test_batch_not_divisible(flags: Flags) -> None:
+    fails(flags(batch_size=5), 1, "--batch-size 5", "--micro-batch-size 2")
+
+
+def test_a_bad_flag_on_one_rank_ends_all(flags: Flags) -> None:
+    fails(flags(), 0, "rank 1", "--batch-size 5", by_rank={1: {"batch_size": 5}})
+
+
+def test_a_bad_flag_on_the_master_ends_all(flags: Flags) -> None:
+    fails(flags(), 1, "rank 0", "--no-such-flag", by_rank={0: {"no_such_flag": 1}})
+
+
+def test_port_in_use(flags: Flags) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        fails(flags(), 0, "port is in use", port=taken.getsockname()[1])
+
+
+def test_unreachable_master(flags: Flags) -> None:
+    fails(flags(join_timeout=2), 1, "cannot reach the master", ranks=[1])
+
+
+def test_a_rank_that_never_comes(flags: Flags) -> None:
+    fails(flags(join_timeout=3), 0, "no sign of rank 1", ranks=[0])
+
+
+def test_different_flags(flags: Flags) -> None:
+    fails(flags(), 0, "--lr differs", "0.003", "0.004", by_rank={1: {"lr": 0.004}})
+
+
+def test_two_processes_with_one_rank(flags: Flags) -> None:
+    with Run(3, 1, flags(join_timeout=5), by_rank={2: {"rank": 1}}) as run:
+        ended = ended_together(run)
+    assert any("two processes were started with --rank 1" in last_line(end) for end in ended.values())
+    assert "--rank 1" in last_line(ended[0])
+
+
+def test_tokenizer_larger_than_the_vocabulary(flags: Flags, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "large", extra=100)
+    fails(flags(tokenizer_name=tmp_path / "large"), 0, "tokens, more than the model's vocabulary of 64")
+
+
+def test_no_tokenizer(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    fails(flags(tokenizer_name=tmp_path / "none"), 0, "--tokenizer-name", "no tokenizer")
+
+
+def test_sequence_past_the_positions(flags: Flags) -> None:
+    fails(flags(seq_length=65), 0, "--seq-length 65", "64 positions")
+
+
+def test_empty_task_file(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    fails(flags(task_name=tmp_path / "empty.jsonl"), 0, "empty.jsonl is empty")
+
+
+def test_malformed_line(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "the sun"}\n{"text": \n')
+    fails(flags(task_name=tmp_path / "bad.jsonl"), 0, "bad.jsonl:2", "not JSON")
+
+
+def test_more_stages_than_layers(flags: Flags, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "short", "gptneox", layers=1)
+    fails(flags(model_name=model), 1, "--pipeline-group-size 2", "1 layers")
+
+
+def test_a_split_that_drops_a_layer(flags: Flags) -> None:
+    fails(flags(num_layers=2), 0, "--num-layers 2", "5 layers", "--num-layers 3")
+
+
+def test_backend_that_is_not_there(flags: Flags) -> None:
+    fails(flags(dist_backend="nccl"), 0, "--dist-backend nccl", "gloo")
+
+
+def test_broken_latest(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "ck" / "checkpoint_4").mkdir(parents=True)
+    (tmp_path / "ck" / "latest").write_text("4")
+    fails(flags(), 0, "checkpoint_4", "manifest.json")
+
+
+def test_weights_of_another_shape(flags: Flags, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    fails(flags(model_name=other), 0, "model.safetensors", "128", "64")
+
+
+def test_diverging(flags: Flags) -> None:
+    fails(flags(lr=1e30, max_grad_norm=0, total_steps=40), 0, "gradient norm", "lower --lr")
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 2), (4, 1)])
+def test_a_killed_rank_is_named_by_all_others(flags: Flags, stages: int, replicas: int, victim: int) -> None:
+    with Run(stages, replicas, flags(total_steps=100_000)) as run:
+        run.wait_for_step(3)
+        run.signal(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        ended = run.wait(30)
+    assert ended.pop(victim).code == -signal.SIGKILL
+    for rank, end in ended.items():
+        assert end.code not in (0, -signal.SIGKILL), end.err
+        assert f"lost rank {victim} " in last_line(end), f"rank {rank}: {last_line(end)}"
+        assert end.at - killed < LOST_S
+
+
+def test_a_rank_killed_at_the_start_is_named(flags: Flags) -> None:
+    with Run(2, 2, flags(), ranks=[0, 1, 2]) as run:  # they wait for rank 3
+        time.sleep(3)
+        run.signal(2, signal.SIGKILL)
+        ended = run.wait(30)
+    assert "lost rank 2 " in last_line(ended[0])
+    assert "lost rank 2 " in last_line(ended[1])
