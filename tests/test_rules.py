@@ -1,0 +1,176 @@
+"""The house rules: who may import whom and under which name, and what no room does."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Room → the other rooms that it may import.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "comm": (),
+    "modules": (),
+    "pipeline": ("comm", "modules"),
+    "runtime": ("comm", "modules", "pipeline"),
+    "converters": ("modules",),
+}
+# Room → what it may import from outside, beside the standard library; the two rooms that are not here may import all.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "comm": ("torch", "psutil", "cupy"),
+    "modules": ("torch", "safetensors", "transformers", "numpy"),
+    "pipeline": ("torch",),
+}
+# Room → the only files outside it, but for tests and benchmarks, that may import it.
+ENTRY_SCRIPTS = {"runtime": "dist_train.py", "converters": "converters/convert_*.py"}
+# Imported where they are used, never because a room's file was imported.
+HEAVY = ("wandb", "transformers", "datasets", "cupy", "bitsandbytes")
+
+
+class Import(NamedTuple):
+    """One imported thing: its full dotted name, whether that is how it was written, and whether a function does it."""
+
+    line: int
+    name: str
+    relative: bool
+    lazy: bool
+
+
+def imports_of(path: PurePosixPath, tree: ast.AST, lazy: bool = False) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name, False, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["farspan", *path.parent.parts]
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            if node.level > len(package):
+                base = ["(above farspan)"]
+            base += node.module.split(".") if node.module else []
+            yield from (Import(node.lineno, ".".join([*base, a.name]), node.level > 0, lazy) for a in node.names)
+        else:
+            typing_only = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports_of(path, node, lazy or function or typing_only)
+
+
+def import_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    is_entry = any(path.match(pattern) for pattern in ENTRY_SCRIPTS.values())
+    room = path.parts[0] if path.parts[0] in ROOMS and not is_entry else None
+    for line, name, relative, lazy in imports_of(path, tree):
+        first, second = [*name.split("."), ""][:2]
+        inside = first == "farspan"
+        if first in ROOMS:
+            yield line, f"{name} by its folder's name: the same file under two names is two modules"
+        if room is None:
+            free = path.parts[0] in ("tests", "benchmarks")
+            if inside and second in ENTRY_SCRIPTS and not free and not path.match(ENTRY_SCRIPTS[second]):
+                yield line, f"only its entry scripts may import {second}"
+            continue
+        if inside and not relative:
+            yield line, f"{name}: between rooms, imports are relative"
+        if inside and second in ROOMS and second != room and second not in ROOMS[room]:
+            yield line, f"{room} does not know {second}"
+        if relative and second not in ROOMS and name != "farspan.__version__":
+            yield line, f"{name} is in no room"
+        outside = not relative and not inside and first not in ROOMS and first not in sys.stdlib_module_names
+        if outside and first not in PACKAGES.get(room, (first,)):
+            yield line, f"{room} does not know {first}"
+        if first in HEAVY and not lazy:
+            yield line, f"{first} is heavy or optional: import it in the function that uses it"
+
+
+def habit_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    if any(path.match(pattern) for pattern in ENTRY_SCRIPTS.values()):
+        return
+    may_print = path.parts[0] in ("benchmarks", "example_scripts")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and not may_print:
+            yield node.lineno, "print"
+        if isinstance(node, ast.ExceptHandler):
+            if node.type is None:
+                yield node.lineno, "a bare except"
+            if all(isinstance(s, ast.Pass) or ast.unparse(s) == "..." for s in node.body):
+                yield node.lineno, "an error is swallowed"
+
+
+def faults(path: str, source: str) -> list[str]:
+    """What `source` does against the rules, were it the file `path` of the repository."""
+    where, tree = PurePosixPath(path), ast.parse(source)
+    found = [*import_faults(where, tree), *habit_faults(where, tree)]
+    if where.name == "__init__.py" and where.parent.parts:
+        found.append((1, f"a room with an __init__.py hides every other package called {where.parent.name}"))
+    return [f"{path}:{line}: {what}" for line, what in found]
+
+
+def sources() -> list[Path]:
+    folders = [*ROOMS, "tests", "benchmarks", "example_scripts"]
+    return sorted([*REPO.glob("*.py"), *(path for folder in folders for path in (REPO / folder).rglob("*.py"))])
+
+
+def test_every_file_keeps_the_rules() -> None:
+    files = [path.relative_to(REPO).as_posix() for path in sources()]
+    assert {path.split("/")[0] for path in files} >= {*ROOMS, "tests", "dist_train.py", "__init__.py"}
+    assert [fault for path in files for fault in faults(path, (REPO / path).read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "what"),
+    [
+        ("comm/x.py", "from ..modules.spec import ModelSpec", "comm does not know modules"),
+        ("comm/x.py", "from .. import pipeline", "comm does not know pipeline"),
+        ("comm/x.py", "import numpy", "comm does not know numpy"),
+        ("comm/x.py", "def f():\n    from numpy.random import rand", "comm does not know numpy"),
+        ("modules/x.py", "from ..comm.link import Sender", "modules does not know comm"),
+        ("modules/x.py", "import psutil", "modules does not know psutil"),
+        ("pipeline/x.py", "from ..runtime.config import Config", "pipeline does not know runtime"),
+        ("pipeline/x.py", "import safetensors.torch", "pipeline does not know safetensors"),
+        ("runtime/x.py", "from ..converters import hf", "runtime does not know converters"),
+        ("converters/hf.py", "from ..comm import codec", "converters does not know comm"),
+        ("converters/hf.py", "def f():\n    from ..runtime import train", "converters does not know runtime"),
+        ("example_scripts/x.py", "from farspan.runtime.train import main", "only its entry scripts may import runtime"),
+        ("setup.py", "import farspan.converters.hf", "only its entry scripts may import converters"),
+        ("dist_train.py", "from farspan import converters", "only its entry scripts may import converters"),
+        ("converters/convert_x.py", "import farspan.runtime", "only its entry scripts may import runtime"),
+        ("comm/x.py", "import comm", "by its folder's name"),
+        ("tests/comm/test_x.py", "from comm.link import Sender", "by its folder's name"),
+        ("runtime/x.py", "import farspan.comm", "imports are relative"),
+        ("runtime/x.py", "from farspan.comm.link import Sender", "imports are relative"),
+        ("runtime/x.py", "from .. import dist_train", "farspan.dist_train is in no room"),
+        ("runtime/x.py", "from ... import other", "is in no room"),
+        ("comm/__init__.py", "", "hides every other package called comm"),
+        ("runtime/x.py", "def f():\n    print('x')", "print"),
+        ("tests/test_x.py", "try:\n    f()\nexcept:\n    raise", "a bare except"),
+        ("runtime/x.py", "try:\n    f()\nexcept OSError:\n    pass", "an error is swallowed"),
+        ("runtime/x.py", "try:\n    f()\nexcept OSError:\n    ...", "an error is swallowed"),
+        ("runtime/x.py", "import wandb", "wandb is heavy or optional"),
+        ("runtime/x.py", "if True:\n    from datasets.load import load", "datasets is heavy or optional"),
+        ("modules/x.py", "class X:\n    import transformers", "transformers is heavy or optional"),
+        ("comm/x.py", "try:\n    import cupy\nexcept ImportError:\n    raise", "cupy is heavy or optional"),
+    ],
+)
+def test_each_rule_can_fail(path: str, source: str, what: str) -> None:
+    (fault,) = faults(path, source)
+    assert what in fault
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("comm/x.py", "import torch\nimport psutil\nfrom .errors import WireError\nfrom . import codec"),
+        ("comm/x.py", "def f():\n    import cupy"),
+        ("modules/x.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedConfig"),
+        ("runtime/x.py", "from .. import __version__, comm\nimport tqdm\ndef f():\n    import wandb"),
+        ("runtime/x.py", "try:\n    f()\nexcept OSError as error:\n    raise ValueError from error"),
+        ("dist_train.py", "from farspan.runtime.train import main\nprint(main)"),
+        ("converters/convert_x.py", "from farspan.converters.hf import main"),
+        ("benchmarks/x.py", "import farspan.runtime.train\nprint(1)"),
+        ("__init__.py", "__version__ = '1'"),
+    ],
+)
+def test_what_keeps_the_rules_passes(path: str, source: str) -> None:
+    assert faults(path, source) == []
