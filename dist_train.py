@@ -2,7 +2,7 @@
 
 import sys
 
-from farspan.runtime.train import main
+from farspan.runtime.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ its own ranks; where all ranks share one file system that is the whole model, an
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -30,6 +31,8 @@ from .optim import MOMENTS, Optimizer
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+log = logging.getLogger("farspan")
 
 
 class CheckpointError(RuntimeError):
@@ -110,6 +113,8 @@ class Checkpoints:
                 f"no checkpoint is complete for every rank (rank {', '.join(without) or 'all'}: {fault}); "
                 "copy the missing files there, or start over with --load-checkpoint false and another --checkpoint-path"
             )
+        for fault in faults:
+            log.warning("passing over %s", fault)
         return max(common)
 
     def _usable(self, named: int, need: range, spec: ModelSpec) -> tuple[list[int], list[str]]:

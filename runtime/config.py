@@ -200,6 +200,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="dist_train.py",
+        usage="dist_train.py --model-name DIR --task-name a.jsonl --checkpoint-path DIR --total-steps N [flags]",
         description="Fine-tune a GPT-J, GPT-NeoX or Llama model. Start one process a GPU, each with its own --rank.",
         epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master.",
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""What `dist_train.py` calls: from flags to a checkpoint, and from any failure to one line and a non-zero exit."""
+"""One rank's run: from good flags to a checkpoint, and from any failure to one line and a non-zero exit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from .. import __version__
 from ..comm.errors import WireError
@@ -33,7 +31,6 @@ from ..pipeline.schedule import Plan, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, PlanError, simulate, validate
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Timeline
-from . import config as flags
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .feed import Feed
@@ -63,12 +60,6 @@ class Stopped(RuntimeError):
     """A signal came before the first step."""
 
 
-class _Handler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)  # leaves a progress bar whole
-        sys.stderr.flush()
-
-
 class Signals:
     """SIGINT and SIGTERM: once means finish the step, save and leave; before training, leave at once."""
 
@@ -89,27 +80,13 @@ class Signals:
         self.asked = True
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank. Returns the exit status; a failed rank ends its process here."""
-    argv = sys.argv[1:] if argv is None else argv
-    log.setLevel(logging.INFO)
-    log.addHandler(_Handler())
-    try:
-        config, notices = flags.parse(argv)
-    except ConfigError as error:
-        return _refuse(error, flags.grid_only(argv))
-    if config.rank <= 0:
-        for notice in notices:
-            log.info("notice: %s", notice)
-    try:
-        flags.validate(config)
-    except ConfigError as error:
-        return _refuse(error, config)
+def run(config: Config) -> int:
+    """Run one rank whose flags are good. Returns 0; a rank that fails ends its process here."""
     meeting = None
     try:
         signals = Signals()
         meeting = Rendezvous(
-            config.dist_url, config.rank, config.world_size, timeout_s=config.join_timeout, on_hopeless=_leave
+            config.dist_url, config.rank, config.world_size, timeout_s=config.join_timeout, on_hopeless=leave
         )
         train(config, meeting, signals)
         meeting.close()
@@ -119,30 +96,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
             error = RuntimeError(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)")
-        _leave(str(meeting.failed(error)) if meeting is not None else str(error))
+        leave(str(meeting.failed(error)) if meeting is not None else str(error))
         raise AssertionError("unreachable") from error
 
 
-def _leave(line: str) -> None:
+def tell(error: Exception, config: Config) -> None:
+    """Tell the other ranks, which may be waiting for this one, why it will not come."""
+    try:
+        meeting = Rendezvous(config.dist_url, config.rank, config.world_size, timeout_s=5.0, on_hopeless=leave)
+        meeting.failed(error)
+    except WireError:
+        log.debug("rank %d: nobody to tell", config.rank)
+
+
+def leave(line: str) -> None:
     """End the process with one line. Threads that are stuck in the wire must not keep it, so nothing is torn down."""
     sys.stderr.write(f"\nfarspan: {line}\n")
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(1)
-
-
-def _refuse(error: ConfigError, config: Config | None) -> int:
-    """Say what is wrong with the flags, here and, while they may be waiting for this rank, to the others."""
-    line = f"rank {config.rank}: {error}" if config is not None and config.rank >= 0 else str(error)
-    sys.stderr.write(f"farspan: {line}\n")
-    if config is not None and config.world_size > 1 and config.rank >= 0 and config.dist_url:
-        try:
-            meeting = Rendezvous(config.dist_url, config.rank, config.world_size, timeout_s=5.0, on_hopeless=_leave)
-            meeting.failed(error)
-        except WireError:
-            log.debug("nobody to tell: %s", error)
-    sys.stderr.flush()
-    os._exit(2)
 
 
 def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
@@ -298,7 +270,7 @@ def _share_threads(meeting: Rendezvous) -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     hosts = meeting.exchange("host", boot.read_text() if boot.exists() else os.uname().nodename)
     ranks = hosts.count(hosts[meeting.rank])
-    if "OMP_NUM_THREADS" in os.environ:
+    if os.environ.get("OMP_NUM_THREADS"):
         return f", {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS)"
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // ranks))

@@ -47,7 +47,7 @@ def _rank(argv: list[str], log: str, env: dict[str, str]) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     import torch
-    from farspan.runtime.train import main
+    from farspan.runtime.cli import main
 
     torch.set_num_threads(1)
     sys.exit(main(argv))

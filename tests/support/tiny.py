@@ -17,7 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = tuple("the a small red ball of Lily was in park and she saw big day to play with it sun went up".split(" "))
+WORDS = (
+    "the", "a", "small", "red", "ball", "of", "Lily", "was", "in", "park", "and", "she",
+    "saw", "big", "day", "to", "play", "with", "it", "sun", "went", "up",
+)  # fmt: skip
 VOCAB = 64
 
 

@@ -1,5 +1,6 @@
 """Imported once by the server that the ranks are forked from: all that a rank would spend its first seconds on."""
 
+import farspan.runtime.cli
 import farspan.runtime.train
 import torch._dynamo
 import transformers.integrations.hub_kernels

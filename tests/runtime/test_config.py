@@ -1,0 +1,138 @@
+"""Flags: old scripts run, unknown flags do not, launchers fill in what is absent, and each refusal names its flag."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+from farspan.runtime.config import INERT, Config, ConfigError, first_host, parse, parser, validate
+
+GOOD = [
+    *("--model-name", "m", "--tokenizer-name", "m", "--task-name", "a.jsonl:0.5,b.jsonl", "--checkpoint-path", "c"),
+    *("--total-steps", "8", "--batch-size", "8", "--micro-batch-size", "2", "--seq-length", "32", "--rank", "1"),
+    *("--dist-url", "tcp://127.0.0.1:9000", "--world-size", "4"),
+    *("--pipeline-group-size", "2", "--data-group-size", "2"),
+]
+
+
+def config(extra: str = "", env: dict[str, str] | None = None) -> Config:
+    made, _ = parse([*GOOD, *extra.split()], env or {})
+    validate(made)
+    return made
+
+
+def test_the_tutorials_flags_are_all_known() -> None:
+    old = (
+        "--model-type gptneox --optimizer adam --num-layers 6 --embedding-dim 64 --load-pretrained-model true "
+        "--checkpoint-steps 100 --warmup-steps 1 --lr 1e-5 --gradient-accumulate-step 2 --dp-backend gloo "
+        "--dp-mode allreduce --pp-mode gpipe --profiling no-profiling --net-interface lo --cuda-id 0 --num-heads 4 "
+        "--load-checkpoint true --project-name p --train-log-backend print --use-cuda false --seed 3"
+    )
+    made = config(old)
+    assert (made.num_layers, made.lr, made.optimizer, made.load_checkpoint) == (6, 1e-5, "adam", True)
+    assert made.updates == 4
+
+
+def test_inert_flags_are_accepted_with_a_notice() -> None:
+    for name in INERT:
+        made, notices = parse([*GOOD, name, "5", "--lr", "0.5"], {})
+        assert notices == [f"{name} has no effect and is ignored"]
+        assert made.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--no-such 1", "unknown flag --no-such"),
+        ("--learning-rate 1", "unknown flag --learning-rate"),
+        ("--check", "unknown flag --check"),  # no abbreviations either
+        ("--fp16", "--fp16 is not supported"),
+        ("--use-offload", "--use-offload is not supported"),
+        ("--lr fast", "--lr"),
+        ("--pp-mode zigzag", "--pp-mode"),
+        ("--load-checkpoint maybe", "true or false"),
+        ("--batch-size 7", "--batch-size 7 is not a multiple of --micro-batch-size 2"),
+        ("--world-size 3", "--world-size 3 is not --pipeline-group-size 2 × --data-group-size 2 = 4"),
+        ("--rank 4", "--rank 4 is not below --world-size 4"),
+        ("--total-steps 0", "--total-steps is needed"),
+        ("--gradient-accumulate-step 3", "--total-steps 8 is not a multiple of --gradient-accumulate-step 3"),
+        ("--warmup-steps 9", "--warmup-steps 9 is more than the run's 8 updates"),
+        ("--dp-backend nccl", "--dp-backend nccl is not supported"),
+        ("--dist-backend cupy_nccl", "--dist-backend cupy_nccl is not supported"),
+        ("--lr -1", "--lr -1.0 must not be negative"),
+        ("--seq-length 1", "--seq-length 1 must be at least 2"),
+        ("--pp-ahead 0", "--pp-ahead 0 must be at least 1"),
+        ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
+        ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),
+        ("--adam-beta2 1", "--adam-beta2 1.0 must be in [0, 1)"),
+    ],
+)
+def test_refusals_name_the_flag(extra: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config(extra)
+
+
+@pytest.mark.parametrize("flag", ["--model-name", "--task-name", "--checkpoint-path", "--total-steps", "--dist-url"])
+def test_what_is_needed_is_asked_for(flag: str) -> None:
+    at = GOOD.index(flag)
+    made, _ = parse([*GOOD[:at], *GOOD[at + 2 :], "--rank", "0"], {})
+    with pytest.raises(ConfigError, match=flag):
+        validate(made)
+
+
+def test_only_rank_0_needs_tasks() -> None:
+    at = GOOD.index("--task-name")
+    made, _ = parse([*GOOD[:at], *GOOD[at + 2 :]], {})
+    validate(made)
+
+
+def without(*names: str) -> list[str]:
+    words = list(GOOD)
+    for name in names:
+        at = words.index(name)
+        del words[at : at + 2]
+    return words
+
+
+def test_torchrun_fills_in() -> None:
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    made, _ = parse(without("--rank", "--world-size", "--dist-url"), env)
+    assert (made.rank, made.world_size, made.cuda_id, made.dist_url) == (3, 4, 1, "tcp://10.0.0.1:29500")
+    agent, _ = parse(without("--dist-url"), {**env, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert agent.dist_url == "tcp://10.0.0.1:29501"
+    assert agent.rank == 1  # a flag wins
+
+
+def test_slurm_fills_in() -> None:
+    env = {
+        "SLURM_PROCID": "2",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NODELIST": "n[03-05,9],m1",
+        "SLURM_JOB_ID": "41",
+    }
+    made, _ = parse(without("--rank", "--world-size", "--dist-url"), env)
+    assert (made.rank, made.world_size, made.dist_url) == (2, 4, "tcp://n03:20041")
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("n1", "n1"), ("n[1-3]", "n1"), ("a-b[07,9]", "a-b07"), ("x,y", "x")])
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_help_teaches_every_flag() -> None:
+    text = " ".join(parser().format_help().split())
+    for f in fields(Config):
+        assert f"--{f.name.replace('_', '-')}" in text
+        assert f.metadata["help"].split("[")[0].strip()[:30] in text
+    for group in ("model", "data", "optimizer", "schedule", "checkpoints", "watching"):
+        assert f"{group}:" in text
+
+
+def test_every_flag_that_shapes_the_result_must_agree() -> None:
+    agreed = config().agreement()
+    for flag in ("--lr", "--seed", "--batch-size", "--pp-mode", "--seq-length", "--bf16", "--layer-split", "--dp-mode"):
+        assert flag in agreed
+    for flag in ("--rank", "--dist-url", "--cuda-id", "--net-interface", "--model-name", "--checkpoint-path"):
+        assert flag not in agreed

@@ -1,0 +1,215 @@
+"""Stopping and going on is the same as never stopping; a checkpoint is whole or it is not loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from farspan.runtime.checkpoint import MANIFEST, problem
+from launch import Run, read_metrics
+from safetensors.torch import load_file
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+Flags = Callable[..., dict[str, Any]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, the optimizer's too."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def curve(folder: Path) -> list[tuple[float, ...]]:
+    return [tuple(row[key] for key in ("step", "loss", "lr", "grad_norm", "tokens")) for row in read_metrics(folder)]
+
+
+def train(run_flags: dict[str, Any], stages: int = 2, replicas: int = 1) -> Path:
+    with Run(stages, replicas, run_flags) as run:
+        run.succeed()
+    return Path(run_flags["checkpoint_path"])
+
+
+def assert_same(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize(
+    ("stages", "replicas", "changes"),
+    [
+        (2, 2, {}),
+        (2, 1, {"bf16": True, "pp_mode": "1f1b"}),
+        (1, 1, {"optimizer": "adam", "gradient_accumulate_step": 2, "total_steps": 12, "checkpoint_steps": 6}),
+    ],
+)
+def test_resuming_is_never_having_stopped(
+    flags: Flags, tmp_path: Path, stages: int, replicas: int, changes: dict[str, Any]
+) -> None:
+    """Bit for bit, in losses, weights, moments and the data's cursor."""
+    told = flags(**{"checkpoint_steps": 3, "warmup_steps": 2, **changes})
+    whole = train({**told, "checkpoint_path": tmp_path / "whole"}, stages, replicas)
+    last, half = told["total_steps"], told["checkpoint_steps"]
+    # A run that lost all that came after its first checkpoint, as a kill would leave it.
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / f"checkpoint_{last}")
+    (cut / "latest").write_text(str(half))
+    train({**told, "checkpoint_path": cut}, stages, replicas)
+    assert curve(cut) == curve(whole)
+    assert_same(cut / f"checkpoint_{last}", whole / f"checkpoint_{last}")
+    states = [json.loads((f / f"checkpoint_{last}" / "trainer.json").read_text()) for f in (cut, whole)]
+    assert states[0] == states[1]
+
+
+def test_dropout_resumes_too(flags: Flags, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "drop", "gptneox", hidden_dropout=0.2, attention_dropout=0.1)
+    told = flags(model_name=model, checkpoint_steps=3)
+    whole = train({**told, "checkpoint_path": tmp_path / "whole"})
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "latest").write_text("3")
+    train({**told, "checkpoint_path": cut})
+    assert curve(cut) == curve(whole)
+    still = train({**flags(), "checkpoint_path": tmp_path / "still"})
+    assert curve(still)[0] != curve(whole)[0]  # so dropout did act
+
+
+@pytest.mark.parametrize(("stages", "replicas", "split"), [(1, 1, None), (3, 1, "1,3,1"), (2, 2, None), (4, 1, None)])
+def test_another_grid_takes_over(flags: Flags, tmp_path: Path, stages: int, replicas: int, split: str | None) -> None:
+    """From 2 stages to any other shape with the same global batch, the losses go on as they would have."""
+    told = flags(checkpoint_steps=3, batch_size=4, micro_batch_size=1)
+    whole = train({**told, "checkpoint_path": tmp_path / "whole"})
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "latest").write_text("3")
+    train({**told, "checkpoint_path": cut, "batch_size": 4 // replicas, "layer_split": split}, stages, replicas)
+    torch.testing.assert_close(
+        [row["loss"] for row in read_metrics(cut)], [row["loss"] for row in read_metrics(whole)], rtol=1e-5, atol=0
+    )
+
+
+def test_the_checkpoint_is_the_trained_model(flags: Flags, model: Path) -> None:
+    """`from_pretrained` gives the logits of the weights that were trained, which are not those of the start."""
+    folder = train(flags())
+    ids = torch.arange(16)[None]
+    trained, info = AutoModelForCausalLM.from_pretrained(folder / "checkpoint_6", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    before = AutoModelForCausalLM.from_pretrained(model)
+    state = {k: v for k, v in weights(folder / "checkpoint_6").items() if ".exp_avg" not in k}
+    before.load_state_dict({k.replace("embed_out", "lm_head"): v for k, v in state.items()})
+    assert torch.equal(trained(ids).logits, before(ids).logits)
+    assert not torch.equal(trained(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_rank_saves_and_ends_all(flags: Flags, tmp_path: Path, number: int, told: int) -> None:
+    long = flags(total_steps=100_000, lr=1e-3)
+    with Run(2, 1, long) as run:
+        run.wait_for_step(5)
+        run.signal(told, signal.Signals(number))
+        run.succeed(30)
+    step = int((tmp_path / "ck" / "latest").read_text())
+    assert step >= 5
+    assert read_metrics(tmp_path / "ck")[-1]["step"] == step
+    with Run(2, 1, long) as run:  # and it goes on from there
+        run.wait_for_step(step + 3)
+    assert f"resuming from {tmp_path / 'ck' / f'checkpoint_{step}'}" in run.err(0)
+
+
+def test_killed_at_any_moment_the_next_start_goes_on(flags: Flags, tmp_path: Path) -> None:
+    """Kill all ranks at moments spread over steps and saves; in the end the run is the one that was never killed."""
+    told = flags(total_steps=60, checkpoint_steps=2)
+    whole = train({**told, "checkpoint_path": tmp_path / "whole"})
+    cut = {**told, "checkpoint_path": tmp_path / "cut"}
+    for goal in (5, 18, 33, 47):
+        with Run(2, 1, cut) as run:
+            run.wait_for_step(goal)
+    train(cut)
+    assert curve(tmp_path / "cut") == curve(whole)
+    assert_same(tmp_path / "cut" / "checkpoint_60", whole / "checkpoint_60")
+
+
+def test_a_finished_run_has_nothing_to_do(flags: Flags) -> None:
+    folder = train(flags())
+    rows = curve(folder)
+    with Run(2, 1, flags()) as run:
+        run.succeed()
+    assert "nothing to do" in run.err(0)
+    assert curve(folder) == rows
+
+
+def test_load_checkpoint_false_starts_over(flags: Flags) -> None:
+    rows = curve(train(flags()))
+    assert curve(train(flags(load_checkpoint="false"))) == rows
+
+
+@pytest.mark.parametrize("harm", ["no manifest", "short file", "missing file"])
+def test_a_damaged_checkpoint_is_passed_over(flags: Flags, tmp_path: Path, harm: str) -> None:
+    folder = train(flags(checkpoint_steps=3))
+    newest = folder / "checkpoint_6"
+    assert problem(newest) is None
+    file = newest / "block-00002.optim.safetensors"
+    if harm == "no manifest":
+        (newest / MANIFEST).unlink()
+    elif harm == "short file":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    assert problem(newest) is not None
+    with Run(2, 1, flags(checkpoint_steps=3)) as run:
+        run.succeed()
+    assert f"resuming from {folder / 'checkpoint_3'}" in run.err(0)
+    assert f"passing over {newest}" in run.err(0)
+    assert problem(newest) is None  # written anew
+
+
+def test_each_rank_with_a_folder_of_its_own(flags: Flags, model: Path, tmp_path: Path) -> None:
+    """Two sites, no shared file system: each keeps its own layers, and they resume together."""
+    sites = {rank: {"checkpoint_path": tmp_path / f"site{rank}"} for rank in range(2)}
+    told = flags(checkpoint_steps=3, checkpoint_path=tmp_path / "logs")
+    with Run(2, 1, told, by_rank=sites) as run:
+        run.succeed()
+    files = [
+        {f.name for f in (tmp_path / f"site{rank}" / "checkpoint_6").glob("*-0*.safetensors")} for rank in range(2)
+    ]
+    assert "block-00000.safetensors" in files[0]
+    assert "block-00000.safetensors" not in files[1]
+    for rank in range(2):
+        (tmp_path / f"site{rank}" / "latest").write_text("3")
+    before = curve(tmp_path / "site0")
+    with Run(2, 1, told, by_rank=sites) as run:
+        run.succeed()
+    assert curve(tmp_path / "site0") == before
+    shutil.rmtree(tmp_path / "site1")
+    with Run(2, 1, told, by_rank=sites) as run:
+        ended = run.wait(30)
+    assert all(end.code == 1 for end in ended.values())
+    assert "rank 1" in ended[0].err
+    assert "no checkpoint is complete for every rank" in ended[0].err
+
+
+def test_a_stage_starts_with_its_own_shards_alone(flags: Flags, model: Path, tmp_path: Path) -> None:
+    from farspan.converters.hf import import_hf
+
+    shards = import_hf("gptneox", str(model), tmp_path / "shards")
+    by_rank = {}
+    for rank, theirs in enumerate((("block-00003", "block-00004", "head"), ("embed", "block-00000", "block-00002"))):
+        site = tmp_path / f"shards{rank}"
+        shutil.copytree(shards, site)
+        for name in theirs:
+            (site / f"{name}.safetensors").unlink()
+        by_rank[rank] = {"model_name": site}
+    with Run(2, 1, flags(), by_rank=by_rank) as run:
+        run.succeed()
+    own = curve(tmp_path / "ck")
+    assert own == curve(train({**flags(), "checkpoint_path": tmp_path / "shared"}))
