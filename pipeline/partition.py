@@ -24,10 +24,12 @@ def fixed_split(layers: int, stages: int, per_stage: int) -> tuple[int, ...]:
     _enough(layers, stages)
     last = layers - per_stage * (stages - 1)
     if per_stage < 1 or not 0 < last <= per_stage:
-        fits = -(-layers // stages)
+        fits = -(-layers // stages)  # if any does
+        even = ",".join(map(str, even_split(layers, stages)))
+        advice = f"--num-layers {fits} or --layer-split" if fits * (stages - 1) < layers else f"--layer-split {even}"
         raise PartitionError(
             f"--num-layers {per_stage} on {stages} stages does not hold the model's {layers} layers "
-            f"with at least one on each; try --num-layers {fits} or --layer-split"
+            f"with at least one on each; try {advice}"
         )
     return (per_stage,) * (stages - 1) + (last,)
 
