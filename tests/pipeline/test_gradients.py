@@ -1,0 +1,101 @@
+"""One flat fp32 buffer of gradients, whatever the parameters' own type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from farspan.pipeline.gradients import Gradients
+from torch import Tensor, nn
+
+SHAPES = ((3, 5), (7,), (16,), (1,), (4, 2, 3))
+
+
+def make(dtype: torch.dtype) -> tuple[list[nn.Parameter], Gradients]:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    return parameters, Gradients(parameters)
+
+
+def backward(parameters: list[nn.Parameter], factors: list[Tensor]) -> None:
+    """Σ factor · parameter: the gradient of each parameter is its factor."""
+    torch.stack([(p * f).sum().float() for p, f in zip(parameters, factors, strict=True)]).sum().backward()
+
+
+def factors(dtype: torch.dtype, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_add_up_in_place_in_fp32(dtype: torch.dtype) -> None:
+    parameters, gradients = make(dtype)
+    views, storage = list(gradients.views), gradients.flat.data_ptr()
+    expected = [torch.zeros(shape) for shape in SHAPES]
+    for seed in range(40):
+        backward(parameters, factors(dtype, seed))
+        for total, factor in zip(expected, factors(dtype, seed), strict=True):
+            total += factor.float()
+    for parameter, view, want in zip(parameters, gradients.views, expected, strict=True):
+        assert view.dtype == torch.float32
+        assert view.shape == parameter.shape
+        assert torch.equal(view, want)  # the same sums in the same order: bf16 sums would be far off
+        assert view.untyped_storage().data_ptr() == storage
+    assert all(a is b for a, b in zip(views, gradients.views, strict=True))
+    assert gradients.flat.data_ptr() == storage
+
+
+def test_a_bf16_parameter_keeps_no_gradient_of_its_own() -> None:
+    parameters, gradients = make(torch.bfloat16)
+    backward(parameters, factors(torch.bfloat16, 0))
+    assert [parameter.grad for parameter in parameters] == [None] * len(SHAPES)
+    assert gradients.flat.count_nonzero() > 0
+
+
+def test_a_parameter_that_is_used_twice_counts_twice() -> None:
+    """As a tied matrix is: the hook must see the sum of both uses once, not each use."""
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = nn.Parameter(torch.ones(4, dtype=dtype))
+        gradients = Gradients([parameter])
+        (2 * parameter + 3 * parameter).sum().backward()
+        assert gradients.views[0].tolist() == [5.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_starts_anew(dtype: torch.dtype) -> None:
+    parameters, gradients = make(dtype)
+    backward(parameters, factors(dtype, 0))
+    gradients.zero()
+    assert gradients.flat.count_nonzero() == 0
+    backward(parameters, factors(dtype, 1))
+    for view, want in zip(gradients.views, factors(dtype, 1), strict=True):
+        assert torch.equal(view, want.float())
+
+
+def test_views_do_not_overlap_and_start_on_cache_lines() -> None:
+    _, gradients = make(torch.float32)
+    for i, view in enumerate(gradients.views):
+        assert view.storage_offset() % 16 == 0
+        view.fill_(i + 1)
+    counts = [int((gradients.flat == i + 1).sum()) for i in range(len(SHAPES))]
+    assert counts == [torch.Size(shape).numel() for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_square_sum_is_the_norm_that_torch_clips_by(dtype: torch.dtype) -> None:
+    parameters, gradients = make(dtype)
+    backward(parameters, factors(dtype, 0))
+    grads = [factor.float() for factor in factors(dtype, 0)]
+    assert gradients.square_sum() == pytest.approx(float(torch.nn.utils.get_total_norm(grads)) ** 2, rel=1e-5)
+    assert gradients.square_sum(skip=gradients.views[1]) == pytest.approx(
+        gradients.square_sum() - float(grads[1].square().sum()), rel=1e-5
+    )
+    # An equal tensor is not the one to skip.
+    assert gradients.square_sum(skip=gradients.views[1].clone()) == gradients.square_sum()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_square_sum_shows_what_is_not_finite(bad: float) -> None:
+    _, gradients = make(torch.float32)
+    gradients.views[2][3] = bad
+    assert not torch.tensor(gradients.square_sum()).isfinite()
+    assert gradients.square_sum(skip=gradients.views[2]) == 0.0
