@@ -145,6 +145,16 @@ def test_backend_that_is_not_there(flags: Flags) -> None:
     fails(flags(dist_backend="nccl"), 0, "--dist-backend nccl", "gloo")
 
 
+def test_wrong_interface(flags: Flags) -> None:
+    fails(
+        flags(),
+        1,
+        "no interface nope0 here; this machine has: ",
+        "lo 127.0.0.1",
+        by_rank={1: {"net_interface": "nope0"}},
+    )
+
+
 def test_broken_latest(flags: Flags, tmp_path: Path) -> None:
     (tmp_path / "ck" / "checkpoint_4").mkdir(parents=True)
     (tmp_path / "ck" / "latest").write_text("4")

@@ -97,6 +97,20 @@ def test_the_trace_shows_every_lane(flags: Flags, tmp_path: Path) -> None:
         assert {event["name"] for event in forwards} == {f"{rank % 2}F0", f"{rank % 2}F1"}
 
 
+def test_messages_travel_while_the_stages_compute(flags: Flags, tmp_path: Path) -> None:
+    """The receive of micro-batch 1 is posted before micro-batch 0 is computed, on the lane of its own."""
+    told = flags(profiling="tidy_profiling", total_steps=2, batch_size=8, micro_batch_size=2, net_interface="lo")
+    with Run(2, 1, told) as run:
+        run.succeed()
+    trace = json.loads((tmp_path / "ck" / "traces" / "rank1.json").read_text())["traceEvents"]
+    spans = {lane: [e for e in trace if e.get("cat") == lane] for lane in ("forward receive", "forward")}
+    for step in range(2):
+        received = spans["forward receive"][4 * step + 1]
+        computed = spans["forward"][4 * step]
+        assert received["ts"] < computed["ts"] + computed["dur"]
+        assert received["tid"] != computed["tid"]
+
+
 def test_threads_are_shared_out(flags: Flags) -> None:
     env = {"OMP_NUM_THREADS": ""}
     with Run(2, 1, flags(), env=env) as run:
