@@ -1,0 +1,44 @@
+"""Which sums over replicas and tied stages are made, of what, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from farspan.pipeline.gradients import Gradients
+from farspan.pipeline.replicas import Replicas
+from torch import Tensor, nn
+
+
+class Doubling:
+    """A group of two that hold the same; writes down what it was asked to sum."""
+
+    def __init__(self, asked: list[tuple[str, int, float]]) -> None:
+        self._asked = asked
+
+    def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
+        self._asked.append((operation, x.numel(), timeout_s))
+        x.mul_(2)
+
+
+REPLICAS = ("summing gradients over replicas", 32, 9.0)
+TIE = ("summing the tied embedding's gradient", 16, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("peers", "tie", "sums", "after"),
+    [
+        (False, False, [], [1.0, 1.0]),
+        (True, False, [REPLICAS], [2.0, 2.0]),
+        (False, True, [TIE], [1.0, 2.0]),
+        (True, True, [REPLICAS, TIE], [2.0, 4.0]),  # the pair last: its two copies must end the same bit for bit
+    ],
+)
+def test_the_sums_of_a_stage(peers: bool, tie: bool, sums: list[tuple[str, int, float]], after: list[float]) -> None:
+    gradients = Gradients([nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(4, 4))])
+    gradients.flat.fill_(1.0)
+    asked: list[tuple[str, int, float]] = []
+    group = Doubling(asked)
+    tied = gradients.views[1]
+    Replicas(gradients, group if peers else None, group if tie else None, tied if tie else None, 9.0).reduce()
+    assert asked == sums
+    assert [view.unique().tolist() for view in gradients.views] == [[value] for value in after]
