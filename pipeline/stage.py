@@ -15,14 +15,18 @@ from ..modules.spec import ModelSpec
 class StageTensor(NamedTuple):
     """A parameter and where it belongs: its unit, its name within the unit's module, its full Hugging Face name.
 
-    `owner` is the unit that saves it: the embedding's for the matrix that a tied head shares with it.
+    `shared`: it is the matrix that embedding and head have in common; `owner`: the unit that saves it.
     """
 
     unit: int
     name: str
     hf_name: str
-    owner: int
+    shared: bool
     parameter: nn.Parameter
+
+    @property
+    def owner(self) -> int:
+        return 0 if self.shared else self.unit
 
 
 class Stage(nn.Module):
@@ -54,8 +58,8 @@ class Stage(nn.Module):
             for name, parameter in layer.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    owner = 0 if names[name] in embedding else unit
-                    yield StageTensor(unit, name, names[name], owner, parameter)
+                    shared = self.spec.tied and names[name] in embedding
+                    yield StageTensor(unit, name, names[name], shared, parameter)
 
     def _tie(self) -> None:
         embed, head = self.layers[0], self.layers[-1]

@@ -147,7 +147,7 @@ class Checkpoints:
         meeting.exchange(f"{name} opened", "", self._timeout_s)
         files = _write_units(temporary, spec, optimizer) if self.writes else []
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
-        mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(spec, optimizer)}
+        mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(optimizer)}
         answers = meeting.exchange(f"{name} written", mine, self._timeout_s)
         if len({answer["tied"] for answer in answers} - {None}) > 1:
             raise CheckpointError(f"{final} is not written: the copies of the tied embedding are no longer the same")
@@ -239,10 +239,10 @@ def _write_units(folder: Path, spec: ModelSpec, optimizer: Optimizer) -> list[st
     return written
 
 
-def _tied_checksum(spec: ModelSpec, optimizer: Optimizer) -> int | None:
+def _tied_checksum(optimizer: Optimizer) -> int | None:
     """Of this stage's copy of a tied embedding. All copies must be the same bits: only the first stage's is saved."""
     for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
-        if spec.tied and tensor.owner == 0:
+        if tensor.shared:
             return zlib.crc32(master.detach().cpu().contiguous().numpy().data)
     return None
 

@@ -60,6 +60,12 @@ class Optimizer:
             fused=True,
         )
 
+    @property
+    def tied_gradient(self) -> Tensor | None:
+        """The gradient of this stage's copy of a tied embedding, as embedding or as head."""
+        views = zip(self.tensors, self.gradients.views, strict=True)
+        return next((view for t, view in views if t.shared), None)
+
     def step(self, lr: float, factor: float) -> None:
         """One update with `factor` × the gradients."""
         if factor != 1.0:

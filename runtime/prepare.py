@@ -1,0 +1,164 @@
+"""What a run needs before its first step: a model that fits its flags, a plan, a device, data, weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..comm.rendezvous import Rendezvous
+from ..modules.layers import init_unit
+from ..modules.shards import ShardStore
+from ..modules.spec import ModelSpec
+from ..pipeline.partition import even_split, explicit_split, fixed_split
+from ..pipeline.schedule import Plan, gpipe, lower, one_f_one_b
+from ..pipeline.simulate import Costs, simulate, validate
+from ..pipeline.stage import Stage
+from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
+from .config import Config, ConfigError
+from .optim import Optimizer
+from .tasks import TaskMixture, parse_tasks
+
+log = logging.getLogger("farspan")
+
+
+def check_model(config: Config, spec: ModelSpec) -> None:
+    """Raises `ConfigError` where a flag says something else of the model than its config.json."""
+    where = f"{config.model_name}/config.json"
+    for flag, told, true in (
+        ("model-type", config.model_type, spec.family),
+        ("embedding-dim", config.embedding_dim, spec.width),
+        ("num-heads", config.num_heads, spec.heads),
+    ):
+        if told and told != true:
+            raise ConfigError(f"--{flag} {told} is not what {where} says: {true}")
+    if config.seq_length > spec.max_positions:
+        raise ConfigError(
+            f"--seq-length {config.seq_length} is more than the model's {spec.max_positions} positions ({where})"
+        )
+
+
+def layer_split(config: Config, spec: ModelSpec) -> tuple[int, ...]:
+    """Layers of each stage. Raises `PartitionError`."""
+    stages = config.pipeline_group_size
+    if config.layer_split:
+        return explicit_split(spec.layers, stages, [int(count) for count in config.layer_split.split(",") if count])
+    if config.num_layers:
+        return fixed_split(spec.layers, stages, config.num_layers)
+    return even_split(spec.layers, stages)
+
+
+def make_plan(config: Config) -> Plan:
+    """The schedule, proved on paper to run to its end."""
+    stages, micro_batches = config.pipeline_group_size, config.micro_batches
+    plan = (
+        gpipe(stages, micro_batches)
+        if config.pp_mode == "gpipe"
+        else one_f_one_b(stages, micro_batches, config.pp_ahead)
+    )
+    validate(plan, micro_batches)
+    simulate(lower(plan), Costs.even(stages))
+    return plan
+
+
+def versions() -> dict[str, str]:
+    """What else must be the same on all ranks."""
+    return {"farspan's version": __version__, "torch's version": torch.__version__.split("+")[0]}
+
+
+def digest(spec: ModelSpec) -> str:
+    """A short name for all facts of a model."""
+    return hashlib.sha256(repr(spec).encode()).hexdigest()[:12]
+
+
+def describe(units: range, spec: ModelSpec) -> str:
+    """A stage's units in words."""
+    blocks = [unit - 1 for unit in units if 0 < unit < spec.unit_count - 1]
+    parts = ["embedding"] if units.start == 0 else []
+    parts.append(f"layers {blocks[0]}–{blocks[-1]}")
+    return " + ".join(parts + (["head"] if units.stop == spec.unit_count else []))
+
+
+def pick_device(config: Config) -> torch.device:
+    """What --use-cuda and --cuda-id say, or a CUDA device where there is one. Raises `ConfigError`."""
+    available = torch.cuda.is_available()
+    if config.use_cuda == "true" and not available:
+        raise ConfigError("--use-cuda true, but torch sees no CUDA device here")
+    if config.use_cuda == "false" or not available:
+        return torch.device("cpu")
+    if config.cuda_id >= torch.cuda.device_count():
+        raise ConfigError(f"--cuda-id {config.cuda_id}: this machine has {torch.cuda.device_count()} CUDA devices")
+    device = torch.device("cuda", config.cuda_id)
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_threads(meeting: Rendezvous) -> str:
+    """Divide this host's cores among its ranks, unless OMP_NUM_THREADS has a say."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    hosts = meeting.exchange("host", boot.read_text() if boot.exists() else os.uname().nodename)
+    ranks = hosts.count(hosts[meeting.rank])
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f", {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS)"
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // ranks))
+    return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
+
+
+def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
+    """Rank 0's tokenizer and tasks. Raises `ConfigError` or `DataError`."""
+    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
+    name = config.tokenizer_name or config.model_name
+    import transformers  # late: only rank 0 needs it, and it takes seconds
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tokenizer-name {name}: no tokenizer there: {str(error).splitlines()[0]}") from error
+    if len(tokenizer) > spec.vocab:
+        raise ConfigError(
+            f"--tokenizer-name {name} has {len(tokenizer)} tokens, more than the model's vocabulary of {spec.vocab}"
+        )
+    tokenizer.model_max_length = sys.maxsize  # documents are cut into sequences later: no warning about long ones
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
+
+
+def fill(
+    config: Config, spec: ModelSpec, store: ShardStore, stage: Stage, optimizer: Optimizer, checkpoints: Checkpoints
+) -> Progress:
+    """Fill the stage: from the latest checkpoint, or from the pretrained model, or at random."""
+    step = checkpoints.find(stage.units, spec) if config.load_checkpoint else None
+    if step is not None:
+        folder = folder_of(config.checkpoints, step)
+        ours, theirs = spec, ShardStore(folder).spec
+        if repr(ours) != repr(theirs):
+            raise CheckpointError(f"{folder} is of another model than --model-name {config.model_name}")
+        progress = checkpoints.load(step, spec, optimizer)
+        if config.rank == 0:
+            log.info("resuming from %s", folder)
+        if progress.step != progress.updates * config.gradient_accumulate_step:
+            raise CheckpointError(
+                f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
+                "a run cannot change it halfway"
+            )
+        return progress
+    if config.load_pretrained_model:
+        load_weights(store, optimizer)
+    else:
+        for unit, layer in zip(stage.units, stage.layers, strict=True):
+            init_unit(layer, spec, unit, config.seed)
+        for master, tensor in zip(optimizer.masters, optimizer.tensors, strict=True):
+            with torch.no_grad():
+                master.copy_(tensor.parameter)
+    return Progress()
