@@ -1,0 +1,162 @@
+"""Groups over real Gloo connections between real processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from farspan.comm.errors import LinkTimeout
+from farspan.comm.gloo import GlooGroup
+from farspan.comm.lane import ThreadLane
+from peers import Peer, Told, error_of, play
+from torch import Tensor
+from torch.distributed import FileStore
+
+BIG = 16_000_000  # bytes: far more than the system's buffers hold
+LONG = 120.0  # seconds: longer than the whole test may take
+
+
+def numbers(rank: int, size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
+
+
+def digest(x: Tensor) -> str:
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+
+def sum_and_spread(me: Peer) -> dict[str, Any]:
+    group = me.group("all")
+    sums = {}
+    for size in (1, 5, 100_003):
+        sums[size] = numbers(me.rank, size)
+        group.all_reduce(sums[size], timeout_s=20)
+    right = {
+        size: bool(torch.allclose(x.double(), sum(numbers(r, size).double() for r in me.ranks), rtol=1e-5, atol=1e-2))
+        for size, x in sums.items()
+    }
+    told = numbers(me.rank, 7)
+    group.broadcast(told, 4, timeout_s=20)
+    group.barrier(timeout_s=20)
+    group.close()
+    return {
+        "size": group.size,
+        "right": right,
+        "bits": {size: digest(x) for size, x in sums.items()},
+        "told": torch.equal(told, numbers(4, 7)),
+    }
+
+
+def test_a_sum_leaves_the_same_bits_on_all_members(tmp_path: Path) -> None:
+    answers = play(sum_and_spread, (1, 4, 6), tmp_path)
+    first = answers[1]
+    assert first["right"] == {1: True, 5: True, 100_003: True}
+    assert len(set(first["bits"].values())) == 3
+    for answer in answers.values():
+        assert answer == {**first, "told": True, "size": 3}
+
+
+def operations(group: GlooGroup, timeout_s: float) -> dict[str, Callable[[], None]]:
+    """Each kind of operation, as seen by the member that waits for the other."""
+    (other,) = set(group.members) - {group.rank}
+    return {
+        "receiving x": lambda: group.recv(torch.zeros(4), other, timeout_s=timeout_s, operation="receiving x"),
+        "sending x": lambda: group.send(torch.zeros(BIG), other, timeout_s=timeout_s, operation="sending x"),
+        "summing x": lambda: group.all_reduce(torch.zeros(4), timeout_s=timeout_s, operation="summing x"),
+        "spreading x": lambda: group.broadcast(torch.zeros(4), other, timeout_s=timeout_s, operation="spreading x"),
+        "barrier": lambda: group.barrier(timeout_s=timeout_s),
+    }
+
+
+OPERATIONS = ("receiving x", "sending x", "summing x", "spreading x", "barrier")
+
+
+def wait_in_vain(
+    me: Peer, timeout_s: float, meanwhile: Callable[[], object]
+) -> dict[str, tuple[Told | None, Told | None]]:
+    """What each operation, in a group of its own, says of a peer that does not answer, and what the group says next."""
+    groups = {name: me.group(name) for name in OPERATIONS}
+    if me.rank == 7:
+        me.hear("waiting")
+        meanwhile()
+        me.hear("done")
+        return {}
+    tickets = {name: ThreadLane(name).submit(operations(groups[name], timeout_s)[name]) for name in OPERATIONS}
+    me.say("waiting")
+    first = {name: error_of(ticket.get) for name, ticket in tickets.items()}
+    then = {name: error_of(operations(groups[name], LONG)["receiving x"]) for name in OPERATIONS}
+    me.say("done")
+    return {name: (first[name], then[name]) for name in OPERATIONS}
+
+
+def lose_a_peer(me: Peer) -> dict[str, Any]:
+    return wait_in_vain(me, LONG, meanwhile=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_peer_that_dies_is_named(tmp_path: Path) -> None:
+    told = play(lose_a_peer, (3, 7), tmp_path, dying=[7])[3]
+    for operation in OPERATIONS:
+        error, next_error = told[operation]
+        assert error.kind == "PeerLost", error
+        facts = {key: error.facts[key] for key in ("rank", "peer", "interface", "operation")}
+        assert facts == {"rank": 3, "peer": 7, "interface": "lo", "operation": f"{operation} in group {operation}"}
+        assert error.facts["seconds"] >= 0
+        assert error.line.startswith(f"rank 3: lost rank 7 (interface lo, {operation} in group {operation}, after ")
+        assert f"after {error.facts['seconds']:.1f} s)" in error.line
+        assert "\n" not in error.line
+        assert next_error is not None  # the group is dead
+
+
+def be_silent(me: Peer) -> dict[str, Any]:
+    return wait_in_vain(me, 0.3, meanwhile=lambda: None)
+
+
+def test_a_peer_that_stays_silent_is_a_timeout(tmp_path: Path) -> None:
+    told = play(be_silent, (3, 7), tmp_path)[3]
+    for operation in OPERATIONS:
+        error, next_error = told[operation]
+        assert error.kind == "LinkTimeout", error
+        facts = {key: error.facts[key] for key in ("rank", "peer", "interface", "operation")}
+        assert facts == {"rank": 3, "peer": 7, "interface": "lo", "operation": f"{operation} in group {operation}"}
+        assert error.facts["seconds"] >= 0.29
+        assert error.line.startswith(
+            f"rank 3: timed out waiting for rank 7 (interface lo, {operation} in group {operation}, after "
+        )
+        assert next_error is not None  # the group is dead: no late message can be taken for the next one
+
+
+def come_late(me: Peer) -> bool:
+    me.say(f"here {me.rank}")
+    for rank in me.ranks:
+        me.hear(f"here {rank}")
+    group = me.group("all", timeout_s=1.0)
+    if me.rank == 1:
+        time.sleep(1.3)
+    x = torch.ones(3)
+    group.all_reduce(x, timeout_s=20.0)
+    group.broadcast(x, 1, timeout_s=20.0)
+    group.close()
+    return x.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_sum_has_its_own_deadline_and_not_that_of_connecting(tmp_path: Path) -> None:
+    assert play(come_late, (0, 1), tmp_path) == {0: True, 1: True}
+
+
+def test_a_peer_that_never_comes_is_a_timeout_of_connecting(tmp_path: Path) -> None:
+    with pytest.raises(LinkTimeout) as caught:
+        GlooGroup(FileStore(str(tmp_path / "meeting"), 2), "x", (3, 7), 3, "lo", 0.1)
+    assert str(caught.value).startswith("rank 3: timed out waiting for rank 7 (interface lo, connecting, after ")
+
+
+def test_a_larger_group_cannot_say_who_was_missing(tmp_path: Path) -> None:
+    with pytest.raises(LinkTimeout) as caught:
+        GlooGroup(FileStore(str(tmp_path / "meeting"), 3), "x", (3, 7, 8), 3, "lo", 0.1)
+    assert caught.value.peer is None
+    assert str(caught.value).startswith("rank 3: timed out waiting for a peer (interface lo, connecting, after ")
