@@ -65,8 +65,8 @@ farspan_launch() {
     ((gpus > 0 && gpus < here)) && here=$gpus
     here=${RANKS_HERE:-$here}
     if ((first < 0 || here < 1 || first + here > world)); then
-        farspan_say "ranks $first to $((first + here - 1)) are not all within 0 to $((world - 1))" \
-            "(STAGES $STAGES × REPLICAS $REPLICAS): check FIRST_RANK and RANKS_HERE"
+        farspan_say "FIRST_RANK $first and RANKS_HERE $here do not fit STAGES $STAGES × REPLICAS $REPLICAS:" \
+            "ranks go from 0 to $((world - 1))"
         return 2
     fi
     if ((here < world)) && [ -z "${MASTER:-}" ]; then
@@ -87,7 +87,7 @@ farspan_launch() {
     mkdir -p "$LOGS"
     farspan_say "ranks $first to $((first + here - 1)) of $world here; rank 0 alone has the terminal," \
         "the others write to $LOGS/rank….log"
-    farspan_say "${command[*]} --rank …"
+    farspan_say "$(printf '%q ' "${command[@]}")--rank …"
 
     trap 'farspan_stop INT' INT
     trap 'farspan_stop TERM' TERM
@@ -96,6 +96,7 @@ farspan_launch() {
     for ((rank = first; rank < first + here; rank++)); do
         # A session of its own: Ctrl-C comes to this script alone, which passes it on once.
         if ((rank == 0)); then exec 3>&2; else exec 3>>"$LOGS/rank$rank.log"; fi
+        ((rank == 0)) || printf -- '---- started %(%F %T)T\n' >&3
         setsid "${command[@]}" --rank "$rank" --cuda-id $((${FIRST_GPU:-0} + rank - first)) </dev/null >&3 2>&3 3>&- &
         farspan_ranks[rank]=$!
         exec 3>&-

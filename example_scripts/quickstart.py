@@ -96,6 +96,8 @@ def prepare(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # of the library's own sources
         docs, comments, held_out = read_standard_library()
+    if len(docs) + len(comments) < 1000:
+        raise SystemExit(f"{sysconfig.get_path('stdlib')} has hardly any sources: take another Python (PYTHON=…)")
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for name, texts in (("docstrings", docs), ("source", comments), ("heldout", held_out)):
