@@ -81,7 +81,7 @@ def wait_in_vain(
     me: Peer, timeout_s: float, meanwhile: Callable[[], object]
 ) -> dict[str, tuple[Told | None, Told | None]]:
     """What each operation, in a group of its own, says of a peer that does not answer, and what the group says next."""
-    groups = {name: me.group(name) for name in OPERATIONS}
+    groups = {name: me.group(name, timeout_s=LONG) for name in OPERATIONS}
     if me.rank == 7:
         me.hear("waiting")
         meanwhile()

@@ -143,6 +143,17 @@ def test_closing_finishes_what_was_submitted() -> None:
     assert not any(thread.name == "closing" for thread in threading.enumerate())
 
 
+def test_closing_does_not_wait_for_a_wire_once_another_rank_failed(gate: threading.Event) -> None:
+    def check() -> None:
+        raise RemoteFailure("rank 3 has failed")
+
+    lane = ThreadLane("lane", check=check)
+    lane.submit(lambda: gate.wait(60))
+    with pytest.raises(RemoteFailure):
+        lane.close()
+    assert not gate.is_set()
+
+
 def test_labelled_work_is_recorded_when_it_succeeds() -> None:
     spans: list[tuple[str, str, float, float]] = []
     lane = ThreadLane("lane", record=lambda *span: spans.append(span))

@@ -124,17 +124,18 @@ class Pipeline:
             )
 
     def run(self, batches: list[Batch], train: bool = True) -> list[float]:
-        """The loss sums of the last stage, one a batch. Fails where a stage raises or hangs."""
+        """The loss sums of the last stage, one a batch; its place is its seed. Fails where a stage raises or hangs."""
         ended: queue.Queue[tuple[int, object]] = queue.Queue()
 
         def work(at: int) -> None:
             sums: list[float] = []
             try:
                 with torch.set_grad_enabled(train):
-                    for batch in batches:
+                    for seed, batch in enumerate(batches):
                         tokens = batch.tokens if at == 0 else None
                         labels = batch.labels if at == len(self.stages) - 1 else None
-                        sums.append(self.executors[at].step(Batch(tokens, labels, batch.valid)).item())
+                        mine = Batch(tokens, labels, batch.valid)
+                        sums.append(self.executors[at].step(mine, seed).item())
                 ended.put((at, sums))
             except Exception as error:
                 ended.put((at, error))
@@ -187,28 +188,35 @@ def test_evaluation_is_a_plan_without_backwards(store: ShardStore, batches: list
     assert set(pipeline.gradients().values()) == {None}
 
 
-class Counting(Stage):
-    """Counts the micro-batches for which autograd keeps something."""
+class Watching(Stage):
+    """Writes down the seeds, and how much is alive whenever a forward has ended."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
+        self.seeds: list[int] = []
         self.kept: list[weakref.WeakSet] = []
-        self.peak = 0
+        self.outputs: list[weakref.ref] = []
+        self.most_kept = self.most_outputs = 0
 
     def forward(self, x: Tensor, seed: int = 0) -> Tensor:
+        self.seeds.append(seed)
         self.kept.append(kept := weakref.WeakSet())
 
-        def keep(tensor: Tensor) -> _Kept:
-            kept.add(holder := _Kept(tensor))
+        def keep(tensor: Tensor) -> Kept:
+            kept.add(holder := Kept(tensor))
             return holder
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
             y = super().forward(x, seed)
-        self.peak = max(self.peak, sum(len(kept) > 0 for kept in self.kept))
+        self.outputs.append(weakref.ref(y))
+        self.most_kept = max(self.most_kept, sum(len(kept) > 0 for kept in self.kept))
+        self.most_outputs = max(self.most_outputs, sum(output() is not None for output in self.outputs))
         return y
 
 
-class _Kept:
+class Kept:
+    """A tensor that autograd holds for a backward."""
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
@@ -218,11 +226,25 @@ def test_a_stage_holds_no_more_activations_than_the_plan_says(
     store: ShardStore, batches: list[Batch], ahead: int
 ) -> None:
     gc.collect()
-    lean = Pipeline(store, (2, 2, 1), one_f_one_b(3, 8, ahead), Counting)
+    lean = Pipeline(store, (2, 2, 1), one_f_one_b(3, 8, ahead), Watching)
     lean.run(batches)
-    assert [stage.peak for stage in lean.stages] == [live_bound(3, stage, 8, ahead) for stage in range(3)]
-    eager = Pipeline(store, (2, 2, 1), gpipe(3, 8), Counting)
+    bounds = [live_bound(3, stage, 8, ahead) for stage in range(3)]
+    assert [stage.most_kept for stage in lean.stages] == bounds
+    for stage, bound in zip(lean.stages, bounds, strict=True):
+        assert stage.most_outputs <= bound + 1  # the one that has just been used
+    eager = Pipeline(store, (2, 2, 1), gpipe(3, 8), Watching)
     eager.run(batches[:1])
-    assert [stage.peak for stage in eager.stages] == [8, 8, 8]
+    assert [stage.most_kept for stage in eager.stages] == [8, 8, 8]
     for stage in (*lean.stages, *eager.stages):
         assert [len(kept) for kept in stage.kept] == [0] * len(stage.kept)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_micro_batch_has_its_own_seed_and_the_same_on_all_stages(
+    store: ShardStore, batches: list[Batch], kind: str
+) -> None:
+    pipeline = Pipeline(store, (2, 2, 1), PLANS[kind](3, 4), Watching)
+    pipeline.run(batches)
+    for stage in pipeline.stages:
+        assert stage.seeds == pipeline.stages[0].seeds
+    assert len(set(pipeline.stages[0].seeds)) == 2 * 4

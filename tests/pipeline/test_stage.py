@@ -66,6 +66,18 @@ def test_dropout_is_that_of_the_micro_batch_wherever_the_cuts_are(changes: dict,
     assert torch.equal(forward([stage.eval() for stage in cut], tokens), plain)
 
 
+def test_no_two_units_or_micro_batches_share_their_masks(tokens: Tensor) -> None:
+    stages = make((2, 2, 1), hidden_dropout=0.3)
+    seeds: list[int] = []
+    for stage in stages:
+        for layer in stage.layers:
+            layer.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    for seed in range(20):
+        forward(stages, tokens, seed)
+    assert len(seeds) == 20 * 7
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_without_dropout_a_stage_leaves_torchs_generator_alone(tokens: Tensor) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
