@@ -43,7 +43,7 @@ class Peer:
         self.store.set(word, "")
 
     def hear(self, word: str) -> None:
-        self.store.wait([word], timedelta(seconds=30))
+        self.store.wait([word], timedelta(seconds=60))
 
 
 @dataclass
@@ -70,7 +70,7 @@ def play(
     folder: Path,
     *,
     dying: Collection[int] = (),
-    deadline_s: float = 30.0,
+    deadline_s: float = 90.0,
 ) -> dict[int, Any]:
     """Run `scenario`, a function at the top of its file, once in a process for each of `ranks`; what each returned.
 
