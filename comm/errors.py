@@ -58,6 +58,10 @@ class RendezvousError(WireError):
     """The ranks could not meet: port taken, master not reached, a rank that never came."""
 
 
+class StoreLost(WireError):
+    """The connection to rank 0's store is gone, and with it, most likely, rank 0."""
+
+
 class InterfaceError(WireError):
     """The named network interface cannot be used."""
 

@@ -12,9 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import Store
-
-from .errors import PeerLost, RemoteFailure, WireError
+from .errors import PeerLost, RemoteFailure, StoreLost, WireError
+from .store import StoreClient
 
 _FAILURE = "failure"
 
@@ -29,7 +28,7 @@ class Liveness:
 
     def __init__(
         self,
-        store: Store,
+        store: StoreClient,
         rank: int,
         world: int,
         where: str,
@@ -69,7 +68,7 @@ class Liveness:
                     mine = {"rank": self.rank, "line": line, "lost": lost}
                     first = self._store.compare_set(_FAILURE, "", json.dumps(mine))
                 self._learn(first)
-            except RuntimeError:
+            except (StoreLost, TimeoutError):
                 # With the store gone, a broken connection has one explanation; any other error explains itself.
                 self._cause = self._cause or (self._master_lost() if isinstance(error, PeerLost) else line)
         return self._cause or str(error)
@@ -115,7 +114,7 @@ class Liveness:
                             seconds=self._patience_s,
                         )
                     )
-            except RuntimeError:
+            except (StoreLost, TimeoutError):
                 self._cause = self._cause or self._master_lost()
             if self._cause is not None:
                 if not self._stop.wait(self._grace_s):
@@ -148,6 +147,6 @@ class Liveness:
             before = beats()
             time.sleep(3 * self._period_s)
             after = beats()
-        except RuntimeError:
+        except (StoreLost, TimeoutError):
             return 0
         return next((r for r in range(self.world) if r != self.rank and before[r] == after[r]), None)

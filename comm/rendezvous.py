@@ -1,20 +1,20 @@
-"""The only place where ranks meet: a TCP store that rank 0 serves at `--dist-url`, and a handshake through it."""
+"""The only place where ranks meet: the store that rank 0 serves at `--dist-url`, and a handshake through it."""
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from torch.distributed import TCPStore
-
 from .errors import Mismatch, RemoteFailure, RendezvousError
+from .interfaces import Interface, interfaces
 from .liveness import Liveness
+from .store import StoreClient, StoreServer
 
 _ANSWER_S = 10.0
 """How long a store that accepts connections may take to answer."""
@@ -33,19 +33,35 @@ def parse_url(url: str) -> tuple[str, int]:
 
 
 class Rendezvous:
-    """This rank's place at the meeting. Every wait ends after `timeout_s` seconds, or when a rank has failed."""
+    """This rank's place at the meeting. Every wait ends after `timeout_s` seconds, or when a rank has failed.
+
+    Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
+    translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
+    """
 
     def __init__(
-        self, url: str, rank: int, world: int, *, timeout_s: float, on_hopeless: Callable[[str], None]
+        self,
+        url: str,
+        rank: int,
+        world: int,
+        *,
+        timeout_s: float,
+        on_hopeless: Callable[[str], None],
+        secret: bytes = b"",
+        via: Interface | None = None,
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
         self.where = f"{host}:{port}"
-        self.store = self._serve(host, port) if rank == 0 else self._connect(host, port)
+        self._server: StoreServer | None = None
+        if rank == 0:
+            host = self._own_address(host, via)
+            self._server = self._serve(host, port, secret)
+        self.store = StoreClient(host, port, rank, secret, timeout_s)
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWER_S))
+        watch = StoreClient(host, port, rank, secret, _ANSWER_S)
         self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
@@ -56,15 +72,18 @@ class Rendezvous:
         self.store.set(f"{topic}/{self.rank}", json.dumps(value))
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
         deadline = time.monotonic() + timeout_s
-        while not self.store.check(keys):
-            self.liveness.check()
-            if time.monotonic() > deadline:
-                missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
-                raise RendezvousError(
-                    f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
-                    f"at {self.where} ({topic}); were all {self.world} ranks started?"
-                )
-            time.sleep(0.02)
+        while True:
+            try:
+                self.store.wait(keys, timedelta(seconds=0.5))
+                break
+            except TimeoutError as error:
+                self.liveness.check()
+                if time.monotonic() > deadline:
+                    missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+                    raise RendezvousError(
+                        f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
+                        f"at {self.where} ({topic}); were all {self.world} ranks started?"
+                    ) from error
         return [json.loads(text) for text in self.store.multi_get(keys)]
 
     def agree(self, values: dict[str, str]) -> None:
@@ -90,45 +109,30 @@ class Rendezvous:
         else:
             self.exchange("bye", "")
             self.liveness.close()
+            if self._server is not None:
+                self._server.close()
 
-    def _serve(self, host: str, port: int) -> TCPStore:
+    def _own_address(self, host: str, via: Interface | None) -> str:
         try:
-            return TCPStore(
-                host,
-                port,
-                is_master=True,
-                timeout=timedelta(seconds=self.timeout_s),
-                wait_for_workers=False,
+            named = [info[4][0] for info in socket.getaddrinfo(host, None)]
+        except OSError:
+            named = []
+        local = {address for found in interfaces().values() for address in found.addresses}
+        for address in named:
+            if address in local:
+                return str(address)
+        if via is None:
+            raise RendezvousError(
+                f"rank 0 cannot serve the rendezvous at {self.where}: that is no address of this machine. Start rank 0 "
+                "on the host that --dist-url names; behind a router, name --net-interface"
             )
-        except RuntimeError as error:
-            taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
-            reason = "the port is in use" if taken else str(error).splitlines()[0]
+        return via.addresses[0]
+
+    def _serve(self, address: str, port: int, secret: bytes) -> StoreServer:
+        try:
+            return StoreServer(address, port, secret)
+        except OSError as error:
+            reason = "the port is in use" if error.errno == errno.EADDRINUSE else str(error.strerror)
             raise RendezvousError(
                 f"rank 0 cannot serve the rendezvous at {self.where}: {reason}; choose another port in --dist-url"
-            ) from error
-
-    def _connect(self, host: str, port: int) -> TCPStore:
-        deadline = time.monotonic() + self.timeout_s
-        while True:
-            try:
-                # Only a connection that is made shows whether it is worth waiting for an answer.
-                socket.create_connection((host, port), timeout=min(self.timeout_s, 5.0)).close()
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise RendezvousError(
-                        f"rank {self.rank} cannot reach the master at {self.where} within {self.timeout_s:.0f} s "
-                        f"({error}); is rank 0 running there, and the port open?"
-                    ) from error
-            time.sleep(0.2)
-        # The constructor waits for an answer without a deadline: it gets a thread that can be left behind.
-        pool = ThreadPoolExecutor(1)
-        joining = pool.submit(TCPStore, host, port, is_master=False, timeout=timedelta(seconds=self.timeout_s))
-        pool.shutdown(wait=False)
-        try:
-            return joining.result(timeout=_ANSWER_S)
-        except (RuntimeError, TimeoutError) as error:
-            raise RendezvousError(
-                f"rank {self.rank}: whoever listens at {self.where} does not answer as farspan's rank 0 does; "
-                "choose another port in --dist-url"
             ) from error

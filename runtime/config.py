@@ -58,6 +58,7 @@ class GridFlags:
     dist_backend: str = _flag("gloo", "what carries activations and control", choices=("gloo", "nccl", "cupy_nccl"))
     dp_backend: str = _flag("gloo", "what carries gradients between replicas", choices=("gloo", "nccl"))
     join_timeout: float = _flag(300.0, "seconds to wait for the master and for all ranks at the start")
+    secret_file: str = _flag("", "file with a secret that every rank must prove to share [none]", agree=False)
     wire_timeout: float = _flag(1800.0, "seconds that any one wait for a peer may take during the run")
 
 
@@ -248,7 +249,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
 def grid_only(argv: Sequence[str]) -> Config | None:
     """What flags that could not be parsed still say of the grid, so that the other ranks can be told."""
     reader = _Parser(add_help=False, allow_abbrev=False)
-    for name, kind in (("--dist-url", str), ("--rank", int), ("--world-size", int)):
+    for name, kind in (("--dist-url", str), ("--secret-file", str), ("--rank", int), ("--world-size", int)):
         reader.add_argument(name, type=kind, default=Config.__dataclass_fields__[name[2:].replace("-", "_")].default)
     for name in ("--pipeline-group-size", "--data-group-size"):
         reader.add_argument(name, type=int, default=1)

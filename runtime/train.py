@@ -14,8 +14,8 @@ from types import FrameType
 import psutil
 import torch
 
-from ..comm.errors import WireError
-from ..comm.interfaces import interface, interface_towards
+from ..comm.errors import InterfaceError, WireError
+from ..comm.interfaces import Interface, interface, interface_towards
 from ..comm.rendezvous import Rendezvous, parse_url
 from ..comm.topology import Topology
 from ..modules.shards import ShardError, ShardStore
@@ -93,10 +93,12 @@ def run(config: Config) -> int:
     meeting = None
     try:
         signals = Signals()
-        meeting = Rendezvous(
-            config.dist_url, config.rank, config.world_size, timeout_s=config.join_timeout, on_hopeless=leave
-        )
-        train(config, meeting, signals)
+        # An interface that cannot be used is told to the others too, so it must not keep this rank from meeting them.
+        wire = find_interface(config)
+        meeting = meet(config, config.join_timeout, wire if isinstance(wire, Interface) else None)
+        if isinstance(wire, InterfaceError):
+            raise wire
+        train(config, meeting, signals, wire)
         meeting.close()
         return 0
     except Exception as error:
@@ -108,12 +110,42 @@ def run(config: Config) -> int:
         raise AssertionError("unreachable") from error
 
 
+def meet(config: Config, timeout_s: float, via: Interface | None = None) -> Rendezvous:
+    """Join the other ranks. Raises `WireError`, or `ConfigError` for a secret that cannot be read."""
+    secret = b""
+    if config.secret_file:
+        try:
+            secret = Path(config.secret_file).read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(f"--secret-file {config.secret_file}: {error.strerror}") from error
+        if not secret:
+            raise ConfigError(f"--secret-file {config.secret_file} is empty")
+    return Rendezvous(
+        config.dist_url,
+        config.rank,
+        config.world_size,
+        timeout_s=timeout_s,
+        on_hopeless=leave,
+        secret=secret,
+        via=via,
+    )
+
+
+def find_interface(config: Config) -> Interface | InterfaceError:
+    """The interface for this rank's traffic, or why there is none."""
+    try:
+        if config.net_interface:
+            return interface(config.net_interface)
+        return interface_towards(*parse_url(config.dist_url))
+    except InterfaceError as error:
+        return error
+
+
 def tell(error: Exception, config: Config) -> None:
     """Tell the other ranks, which may be waiting for this one, why it will not come."""
     try:
-        meeting = Rendezvous(config.dist_url, config.rank, config.world_size, timeout_s=5.0, on_hopeless=leave)
-        meeting.failed(error)
-    except WireError:
+        meet(config, 5.0).failed(error)
+    except (WireError, ConfigError):
         log.debug("rank %d: nobody to tell", config.rank)
 
 
@@ -125,13 +157,11 @@ def leave(line: str) -> None:
     os._exit(1)
 
 
-def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
+def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface) -> None:
     """Everything between the meeting of the ranks and their parting."""
     born = psutil.Process().create_time()
     topology = Topology(config.data_group_size, config.pipeline_group_size)
     place = topology.coord(config.rank)
-    host, port = parse_url(config.dist_url)
-    wire = interface(config.net_interface) if config.net_interface else interface_towards(host, port)
     store = ShardStore(Path(config.model_name))
     spec = store.spec
     check_model(config, spec)

@@ -1,0 +1,264 @@
+"""The keys through which ranks meet: served by rank 0, to those alone who can prove that they share its secret.
+
+torch's TCPStore listens on all interfaces and lets anyone read and write, and it cannot be guarded from outside without
+relaying every byte. What farspan needs of a store is small, so it is served here, and Gloo takes any
+`torch.distributed.Store`.
+
+A connection begins with a proof both ways (HMAC-SHA256 over fresh nonces: the secret itself never travels):
+
+    server → client   GREETING, 16 random bytes s
+    client → server   rank (4 bytes), 16 random bytes c, HMAC(secret, "client" + s + c + rank)
+    server → client   HMAC(secret, "server" + s + c), or it closes
+
+Then requests and answers in turn: length (4 bytes), a code (1 byte), fields (each with a length of 4 bytes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch.distributed import Store
+
+from .errors import RendezvousError, StoreLost
+
+GREETING = b"farspan store 1\n"
+NONCE = 16
+PROOF_S = 5.0
+"""How long a connection may take to prove itself."""
+UNPROVEN = 1024
+"""How many connections may be proving themselves at once; further ones wait in the kernel's queue."""
+LARGEST = 64 * 2**20
+"""Bytes of the largest request or answer."""
+SET, GET, ADD, CHECK, WAIT, COMPARE_SET, DONE, TIMEOUT = range(8)
+
+log = logging.getLogger("farspan")
+
+
+def proof(secret: bytes, role: bytes, *parts: bytes) -> bytes:
+    return hmac.new(secret, role + b"".join(parts), hashlib.sha256).digest()
+
+
+def pack(code: int, *fields: bytes) -> bytes:
+    body = bytes([code]) + b"".join(struct.pack("!I", len(f)) + f for f in fields)
+    return struct.pack("!I", len(body)) + body
+
+
+def unpack(body: bytes) -> tuple[int, list[bytes]]:
+    """Raises `ValueError` for what `pack` did not make."""
+    fields, at = [], 1
+    while at < len(body):
+        if at + 4 > len(body):
+            raise ValueError("cut short")
+        (size,) = struct.unpack_from("!I", body, at)
+        if at + 4 + size > len(body):
+            raise ValueError("cut short")
+        fields.append(body[at + 4 : at + 4 + size])
+        at += 4 + size
+    return body[0], fields
+
+
+class StoreServer:
+    """Serves the keys from a thread of its own until `close`. Raises `OSError` where it cannot listen."""
+
+    def __init__(self, address: str, port: int, secret: bytes) -> None:
+        self._secret = secret
+        self._values: dict[str, bytes] = {}
+        self._loop = asyncio.new_event_loop()
+        self._changed = asyncio.Condition()
+        self._proving = asyncio.Semaphore(UNPROVEN)
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, address, port, backlog=1024))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(PROOF_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _close(self) -> None:
+        self._server.close()
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port, *_ = writer.get_extra_info("peername")
+        who = f"{host}:{port}"
+        try:
+            async with self._proving, asyncio.timeout(PROOF_S):
+                rank = await self._prove(reader, writer)
+            if rank is None:
+                log.warning("refused %s: it does not know the secret of this run (--secret-file)", who)
+                return
+            while True:
+                (size,) = struct.unpack("!I", await reader.readexactly(4))
+                if not 1 <= size <= LARGEST:
+                    raise ValueError(f"a request of {size} bytes")
+                code, fields = unpack(await reader.readexactly(size))
+                writer.write(await self._answer(code, fields))
+                await writer.drain()
+        except (TimeoutError, ValueError) as error:
+            log.warning("refused %s: it does not speak as a rank of this run does (%s)", who, error or "too slow")
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            log.debug("%s left", who)  # whether that is a loss, the heartbeats tell
+        finally:
+            writer.close()
+
+    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
+        """The rank at the other end, or None where it cannot prove that it knows the secret."""
+        ours = os.urandom(NONCE)
+        writer.write(GREETING + ours)
+        await writer.drain()
+        try:
+            said = await reader.readexactly(4 + NONCE + 32)
+        except asyncio.IncompleteReadError as error:
+            if not error.partial:
+                raise  # somebody who only looked whether the port is open
+            raise ValueError("cut short") from error
+        rank, theirs, shown = said[:4], said[4 : 4 + NONCE], said[4 + NONCE :]
+        if not hmac.compare_digest(shown, proof(self._secret, b"client", ours, theirs, rank)):
+            return None
+        writer.write(proof(self._secret, b"server", ours, theirs))
+        return int.from_bytes(rank)
+
+    async def _answer(self, code: int, fields: list[bytes]) -> bytes:
+        values = self._values
+        if code == CHECK:
+            return pack(DONE, b"1" if all(f.decode() in values for f in fields) else b"")
+        first = fields[0].decode()
+        if code == SET:
+            await self._put(first, fields[1])
+            return pack(DONE)
+        if code == ADD:
+            total = str(int(values.get(first, b"0")) + int(fields[1])).encode()
+            await self._put(first, total)
+            return pack(DONE, total)
+        if code == COMPARE_SET:
+            if values.get(first, b"") == fields[1]:
+                await self._put(first, fields[2])
+            return pack(DONE, values.get(first, b""))
+        if code not in (GET, WAIT):
+            raise ValueError(f"request {code}")
+        timeout_s, keys = float(first), [f.decode() for f in fields[1:]]
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: all(key in values for key in keys))
+        except TimeoutError:
+            return pack(TIMEOUT, *(key.encode() for key in keys if key not in values))
+        return pack(DONE, *(values[key] for key in keys)) if code == GET else pack(DONE)
+
+    async def _put(self, key: str, value: bytes) -> None:
+        self._values[key] = value
+        async with self._changed:
+            self._changed.notify_all()
+
+
+class StoreClient(Store):
+    """One rank's connection; also the `Store` that Gloo's groups meet through. Calls from several threads take turns.
+
+    Connecting is tried until `timeout_s`. Raises `RendezvousError` if nobody answers, if whoever answers is no farspan
+    store, or one with another secret; later, `StoreLost` when the connection is gone and `TimeoutError` for a key that
+    did not come.
+    """
+
+    def __init__(self, host: str, port: int, rank: int, secret: bytes, timeout_s: float) -> None:
+        super().__init__()
+        self.where = f"{host}:{port}"
+        self._rank, self._timeout_s = rank, timeout_s
+        self._lock = threading.Lock()
+        self._socket = self._dial(host, port)
+        try:
+            self._prove(secret)
+        except (OSError, EOFError) as error:
+            raise RendezvousError(
+                f"rank {rank}: {self.where} does not answer as farspan's rank 0 does, or has another secret "
+                "(--secret-file); is another program, or another run, at --dist-url?"
+            ) from error
+
+    def _dial(self, host: str, port: int) -> socket.socket:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return socket.create_connection((host, port), timeout=min(self._timeout_s, PROOF_S))
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RendezvousError(
+                        f"rank {self._rank} cannot reach the master at {self.where} within {self._timeout_s:.0f} s "
+                        f"({error}); is rank 0 running there, and the port open?"
+                    ) from error
+            time.sleep(0.2)
+
+    def _prove(self, secret: bytes) -> None:
+        self._socket.settimeout(2 * PROOF_S)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._read(len(GREETING)) != GREETING:
+            raise EOFError("another greeting")
+        theirs, ours, rank = self._read(NONCE), os.urandom(NONCE), self._rank.to_bytes(4)
+        self._socket.sendall(rank + ours + proof(secret, b"client", theirs, ours, rank))
+        if not hmac.compare_digest(self._read(32), proof(secret, b"server", theirs, ours)):
+            raise EOFError("another secret")
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._socket.recv(size - len(data))
+            if not part:
+                raise EOFError("closed")
+            data += part
+        return data
+
+    def _ask(self, code: int, *fields: bytes, patience_s: float = 0.0) -> list[bytes]:
+        with self._lock:
+            self._socket.settimeout(patience_s + self._timeout_s)
+            try:
+                self._socket.sendall(pack(code, *fields))
+                (size,) = struct.unpack("!I", self._read(4))
+                answer, values = unpack(self._read(size))
+            except (OSError, EOFError) as error:
+                raise StoreLost(f"rank {self._rank}: the store at {self.where} is gone: {error}") from error
+        if answer == TIMEOUT:
+            raise TimeoutError(f"rank {self._rank}: no {', '.join(v.decode() for v in values)} in {patience_s:.0f} s")
+        return values
+
+    # The names and meanings are those of torch.distributed.Store, so that Gloo's groups can use it.
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask(SET, key.encode(), value.encode() if isinstance(value, str) else bytes(value))
+
+    def get(self, key: str) -> bytes:
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        return self._ask(GET, str(self._timeout_s).encode(), *_encode(keys), patience_s=self._timeout_s)
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ask(ADD, key.encode(), str(amount).encode())[0])
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return bool(self._ask(CHECK, *_encode(keys))[0])
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        seconds = timeout.total_seconds() if timeout is not None else self._timeout_s
+        self._ask(WAIT, str(seconds).encode(), *_encode(keys), patience_s=seconds)
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        return self._ask(COMPARE_SET, key.encode(), expected.encode(), desired.encode())[0]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _encode(keys: Sequence[str]) -> list[bytes]:
+    return [key.encode() for key in keys]

@@ -1,0 +1,182 @@
+"""The store's keys, its deadlines, and what strangers get: nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from farspan.comm.errors import RendezvousError, StoreLost
+from farspan.comm.store import GREETING, LARGEST, NONCE, StoreClient, StoreServer, pack, proof, unpack
+from launch import free_port
+
+SECRET = b"among ourselves"
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[StoreServer, int]]:
+    port = free_port()
+    made = StoreServer("127.0.0.1", port, SECRET)
+    yield made, port
+    made.close()
+
+
+def client(port: int, rank: int = 0, secret: bytes = SECRET, timeout_s: float = 5.0) -> StoreClient:
+    return StoreClient("127.0.0.1", port, rank, secret, timeout_s)
+
+
+def test_keys(server: tuple[StoreServer, int]) -> None:
+    a, b = client(server[1]), client(server[1], 1)
+    a.set("x", "one")
+    assert b.get("x") == b"one"
+    assert (a.add("n", 2), b.add("n", 3), a.add("n", 0)) == (2, 5, 5)
+    assert a.check(["x", "n"])
+    assert not a.check(["x", "none"])
+    assert a.compare_set("first", "", "a") == b"a"
+    assert b.compare_set("first", "", "b") == b"a"
+    large = os.urandom(3_000_000)
+    a.set("large", large)
+    assert b.multi_get(["large", "x"]) == [large, b"one"]
+
+
+def test_waiting_ends_with_the_key_or_the_deadline(server: tuple[StoreServer, int]) -> None:
+    a, b = client(server[1]), client(server[1], 1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(a.get, "late")
+        time.sleep(0.2)
+        assert not waiting.done()
+        b.set("late", "here")
+        assert waiting.result(5) == b"here"
+    with pytest.raises(TimeoutError, match="no never, nowhere"):
+        a.wait(["late", "never", "nowhere"], timedelta(seconds=0.2))
+    assert a.check(["late"])  # the connection is as good as before
+
+
+def test_counting_from_many_threads_at_once(server: tuple[StoreServer, int]) -> None:
+    clients = [client(server[1], rank) for rank in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: clients[i % 4].add("n", 1), range(200)))
+    assert clients[0].add("n", 0) == 200
+
+
+def test_a_store_that_is_gone_is_said_to_be() -> None:
+    port = free_port()
+    server = StoreServer("127.0.0.1", port, SECRET)
+    a = client(port)
+    server.close()
+    with pytest.raises(StoreLost, match="is gone"):
+        a.set("x", "y")
+
+
+@pytest.mark.parametrize("secret", [b"", b"guessed", SECRET + b"!"])
+def test_another_secret_is_refused(
+    server: tuple[StoreServer, int], secret: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RendezvousError, match="another secret"):
+        client(server[1], secret=secret)
+    deadline = time.monotonic() + 5
+    while "does not know the secret" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "refused 127.0.0.1:" in caplog.text
+    assert client(server[1]).add("still here", 1) == 1
+
+
+def test_a_server_that_does_not_know_the_secret_is_refused_too() -> None:
+    """A program that took rank 0's port and speaks the protocol cannot have a rank tell it anything."""
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+        heard: list[bytes] = []
+
+        def serve() -> None:
+            connection, _ = impostor.accept()
+            connection.sendall(GREETING + os.urandom(NONCE) + os.urandom(32))
+            heard.append(connection.recv(1000))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with pytest.raises(RendezvousError, match="another secret"):
+            client(impostor.getsockname()[1])
+        thread.join(5)
+        assert SECRET not in heard[0]
+
+
+def test_replaying_what_a_rank_once_said_does_not_help(server: tuple[StoreServer, int]) -> None:
+    with socket.create_connection(("127.0.0.1", server[1])) as first:
+        nonce = first.recv(len(GREETING) + NONCE)[len(GREETING) :]
+        said = b"\0\0\0\1" + b"c" * NONCE
+        said += proof(SECRET, b"client", nonce, b"c" * NONCE, b"\0\0\0\1")
+        first.sendall(said)
+        assert len(first.recv(32)) == 32
+    with socket.create_connection(("127.0.0.1", server[1])) as second:
+        second.recv(len(GREETING) + NONCE)
+        second.sendall(said)
+        assert second.recv(32) == b""
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100, b"\xff" * 1000, b"\0" * 52])
+def test_garbage_is_refused(server: tuple[StoreServer, int], garbage: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server[1])) as stranger:
+        stranger.settimeout(10)
+        stranger.recv(len(GREETING) + NONCE)
+        stranger.sendall(garbage)
+        assert read_to_end(stranger) == b""
+    assert client(server[1]).add("still here", 1) == 1
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        struct.pack("!I", LARGEST + 1),
+        struct.pack("!I", 0),
+        pack(99, b"x"),
+        struct.pack("!I", 9) + b"\0" + b"\xff" * 8,
+        pack(2, b"key", b"not a number"),
+        pack(0),
+    ],
+)
+def test_a_proven_rank_that_talks_nonsense_hurts_nobody(server: tuple[StoreServer, int], request_bytes: bytes) -> None:
+    a = client(server[1])
+    a._socket.sendall(request_bytes)
+    a._socket.settimeout(5)
+    assert read_to_end(a._socket) == b""
+    assert client(server[1]).add("still here", 1) == 1
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """What still comes before the other side closes, by FIN or RST."""
+    try:
+        return connection.recv(10_000)
+    except ConnectionResetError:
+        return b""
+
+
+def test_two_hundred_half_open_connections(server: tuple[StoreServer, int]) -> None:
+    idle = [socket.create_connection(("127.0.0.1", server[1])) for _ in range(200)]
+    try:
+        a = client(server[1])
+        assert a.add("n", 1) == 1
+        idle[0].settimeout(15)
+        while idle[0].recv(100):  # the greeting, and then the end: nobody may sit there for ever
+            pass
+        assert a.add("n", 1) == 2
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_it_listens_on_one_address_alone(server: tuple[StoreServer, int]) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server[1]), timeout=2)
+
+
+def test_packing_round_trip() -> None:
+    fields = [b"", b"x", os.urandom(1000)]
+    assert unpack(pack(5, *fields)[4:]) == (5, fields)
+    for cut in (6, 9, 20):
+        with pytest.raises(ValueError, match="cut short"):
+            unpack(pack(5, *fields)[4:-cut])
