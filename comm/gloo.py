@@ -15,10 +15,15 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from .errors import LinkTimeout, PeerLost, WireError
+from .errors import InterfaceError, LinkTimeout, PeerLost, WireError
 
 # torch ships no types for this class's methods.
 ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo
+
+
+def _reason(error: RuntimeError) -> str:
+    """Gloo's own words, without the place in its source and the advice behind them."""
+    return str(error).partition("\n")[0].split("] ", 1)[-1].partition(". ")[0][:200]
 
 
 def _is_timeout(error: RuntimeError) -> bool:
@@ -37,9 +42,11 @@ class GlooGroup:
         self.name, self.members, self.rank, self.interface = name, members, rank, interface
         options = ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        others = [member for member in members if member != rank]
-        with self._errors("connecting", others[0] if len(others) == 1 else None):
+        try:
             options._devices = [ProcessGroupGloo.create_device(interface=interface)]
+        except RuntimeError as error:
+            raise InterfaceError(f"rank {rank}: Gloo cannot use the interface {interface}: {_reason(error)}") from error
+        with self._errors("connecting", self._other):
             self._pg = ProcessGroupGloo(PrefixStore(name, store), members.index(rank), len(members), options)
 
     @property
@@ -102,5 +109,5 @@ class _Translate:
             interface=self.group.interface,
             operation=self.operation,
             seconds=time.monotonic() - self.start,
-            detail=str(error).splitlines()[0].split("] ", 1)[-1][:200],
+            detail=_reason(error),
         ) from error

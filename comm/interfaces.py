@@ -56,7 +56,7 @@ def interface_towards(host: str, port: int) -> Interface:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)
             local = probe.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no route, no such name, or no name at all
         raise InterfaceError(f"no route to the master {host}: {error}; check --dist-url") from error
     found = interfaces()
     for candidate in found.values():

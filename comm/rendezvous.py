@@ -115,7 +115,7 @@ class Rendezvous:
     def _own_address(self, host: str, via: Interface | None) -> str:
         try:
             named = [info[4][0] for info in socket.getaddrinfo(host, None)]
-        except OSError:
+        except (OSError, UnicodeError):
             named = []
         local = {address for found in interfaces().values() for address in found.addresses}
         for address in named:

@@ -192,6 +192,8 @@ class StoreClient(Store):
         while True:
             try:
                 return socket.create_connection((host, port), timeout=min(self._timeout_s, PROOF_S))
+            except UnicodeError as error:
+                raise RendezvousError(f"--dist-url: {host!r} cannot be the name of a host") from error
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise RendezvousError(
