@@ -41,12 +41,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor."""
+    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor; the best evaluation
+    (loss, step) and how many have come since that did not improve on it."""
 
     step: int = 0
     updates: int = 0
     tokens: int = 0
     data: dict[str, Any] | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    waited: int = 0
 
 
 def folder_of(root: Path, step: int) -> Path:

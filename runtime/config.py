@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -129,7 +129,22 @@ class WatchFlags:
     debug: bool = _flag(False, "show tracebacks", agree=False)
 
 
-GROUPS = (ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags)
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """evaluation"""
+
+    evaluation_data: str = _flag(
+        "", "jsonl file of held-out text, evaluated at the end of the run at least; rank 0 needs it", agree=False
+    )
+    evaluation_steps: int = _flag(0, "evaluate each time this many accumulation steps are done; 0: only at the end")
+    evaluation_num_batch: int = _flag(0, "global batches of one evaluation; 0: the whole file")
+    stop_perplexity: float = _flag(0.0, "end the run when an evaluation's perplexity is at most this; 0: never")
+    patience: int = _flag(0, "end the run after this many evaluations in a row that are no improvement; 0: never")
+
+
+GROUPS = (
+    ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
+)  # fmt: skip
 SWITCHES = {"bf16", "debug"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
@@ -142,9 +157,6 @@ INERT = (
 NOT_YET = {
     "--fp16": "use --bf16 or neither",
     "--use-offload": "leave it out",
-    "--evaluation-data": "leave it out",
-    "--evaluation-steps": "leave it out",
-    "--evaluation-num-batch": "leave it out",
     "--loss-scale": "leave it out",
     "--initial-loss-scale": "leave it out",
     "--min-loss-scale": "leave it out",
@@ -155,7 +167,9 @@ NOT_YET = {
 
 
 @dataclass(frozen=True)
-class Config(ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags):
+class Config(
+    ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags
+):
     """One run, as one rank was told."""
 
     @property
@@ -337,5 +351,18 @@ def validate(config: Config) -> None:
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    _validate_evaluation(c, refuse)
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be in [0, 1)")
+
+
+def _validate_evaluation(c: Config, refuse: Callable[[object, str], None]) -> None:
+    names = ("evaluation_steps", "evaluation_num_batch", "stop_perplexity", "patience")
+    for name in names:
+        refuse(not getattr(c, name) >= 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
+        refuse(
+            c.rank == 0 and getattr(c, name) and not c.evaluation_data,
+            f"--{_dash(name)} needs --evaluation-data on rank 0: a jsonl file of held-out text",
+        )
+    for name in ("stop_perplexity", "patience"):
+        refuse(getattr(c, name) and not c.evaluation_steps, f"--{_dash(name)} needs --evaluation-steps")

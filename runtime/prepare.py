@@ -17,13 +17,13 @@ from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
 from ..pipeline.partition import even_split, explicit_split, fixed_split
-from ..pipeline.schedule import Plan, gpipe, lower, one_f_one_b
+from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .optim import Optimizer
-from .tasks import TaskMixture, parse_tasks
+from .tasks import Encode, TaskMixture, parse_tasks
 
 log = logging.getLogger("farspan")
 
@@ -55,7 +55,7 @@ def layer_split(config: Config, spec: ModelSpec) -> tuple[int, ...]:
 
 
 def make_plan(config: Config) -> Plan:
-    """The schedule, proved on paper to run to its end."""
+    """The training schedule, proved on paper to run to its end."""
     stages, micro_batches = config.pipeline_group_size, config.micro_batches
     plan = (
         gpipe(stages, micro_batches)
@@ -63,6 +63,15 @@ def make_plan(config: Config) -> Plan:
         else one_f_one_b(stages, micro_batches, config.pp_ahead)
     )
     validate(plan, micro_batches)
+    simulate(lower(plan), Costs.even(stages))
+    return plan
+
+
+def make_evaluation_plan(config: Config) -> Plan:
+    """The same for evaluation."""
+    stages, micro_batches = config.pipeline_group_size, config.micro_batches
+    plan = forward_only(stages, micro_batches)
+    validate(plan, micro_batches, backward=False)
     simulate(lower(plan), Costs.even(stages))
     return plan
 
@@ -111,10 +120,8 @@ def share_threads(meeting: Rendezvous) -> str:
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
 
 
-def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
-    """Rank 0's tokenizer and tasks. Raises `ConfigError` or `DataError`."""
-    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
+def open_tokenizer(config: Config, spec: ModelSpec) -> Encode:
+    """Rank 0's tokenizer. Raises `ConfigError`."""
     name = config.tokenizer_name or config.model_name
     import transformers  # late: only rank 0 needs it, and it takes seconds
 
@@ -131,6 +138,13 @@ def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
     def encode(text: str) -> list[int]:
         return tokenizer(text)["input_ids"]
 
+    return encode
+
+
+def open_mixture(config: Config, encode: Encode) -> TaskMixture:
+    """Rank 0's tasks. Raises `ConfigError` or `DataError`."""
+    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
     return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
 
 

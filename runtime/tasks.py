@@ -104,16 +104,20 @@ class Task:
     def _text(self, line: int) -> str:
         self._file.seek(int(self.offsets[line]))
         raw = self._file.readline()
-        where = f"{self.path}:{self.line_numbers[line]}"
-        try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f'{where}: expected an object with a string under "text"')
-        return row["text"]
+        return text_of(raw, f"{self.path}:{self.line_numbers[line]}")
+
+
+def text_of(raw: bytes, where: str) -> str:
+    """The text of one line. Raises `DataError`, which says `where`."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise DataError(f'{where}: expected an object with a string under "text"')
+    return row["text"]
 
 
 def _index(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
