@@ -90,6 +90,10 @@ class OptimizerFlags:
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_eps: float = _flag(1e-6, "added to the root of the second moment")
     max_grad_norm: float = _flag(1.0, "longest global gradient; longer ones are scaled down; 0: no clipping")
+    nepochs: int = _flag(0, "draw as many sequences as all tasks hold, this many times, instead of --total-steps")
+    as_test: bool = _flag(
+        False, "one update, evaluation, checkpoint and export in --checkpoint-path/as-test, and stop: does all work?"
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ class CheckpointFlags:
     checkpoint_path: str = _flag("", "folder for checkpoints, metrics and traces", agree=False)
     checkpoint_steps: int = _flag(0, "save each time this many accumulation steps are done; 0: only at the end")
     load_checkpoint: bool = _flag(True, "go on from the latest checkpoint in --checkpoint-path, if there is one")
+    num_checkpoints: int = _flag(0, "save this many checkpoints, evenly over the run, instead of --checkpoint-steps")
+    keep_checkpoints: int = _flag(-1, "keep this many of the newest, and the best, and delete the others; -1: keep all")
+    load_step: int = _flag(0, "go on from exactly this step's checkpoint [the latest]")
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class EvaluationFlags:
 GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
-SWITCHES = {"bf16", "debug"}
+SWITCHES = {"bf16", "debug", "as_test"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (
@@ -337,23 +344,45 @@ def validate(config: Config) -> None:
     refuse(c.seq_length < 2, f"--seq-length {c.seq_length} must be at least 2: a token and the one to predict")
     refuse(not c.task_name and c.rank == 0, "--task-name is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
     refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
-    refuse(c.total_steps < 1, "--total-steps is needed: accumulation steps of the whole run")
+    refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
+    refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")
+    refuse(
+        c.total_steps < 1 and not c.nepochs,
+        "--total-steps is needed: accumulation steps of the whole run (or --nepochs)",
+    )
     refuse(
         c.total_steps % c.gradient_accumulate_step,
         f"--total-steps {c.total_steps} is not a multiple of --gradient-accumulate-step {c.gradient_accumulate_step}, "
         "so the last steps would never reach the weights",
     )
-    refuse(
-        c.warmup_steps > c.updates,
-        f"--warmup-steps {c.warmup_steps} is more than the run's {c.updates} updates "
-        "(--total-steps ÷ --gradient-accumulate-step)",
-    )
+    if not c.nepochs:
+        validate_length(c)
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    _validate_checkpoints(c, refuse)
     _validate_evaluation(c, refuse)
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be in [0, 1)")
+
+
+def validate_length(c: Config) -> None:
+    """What can be said once the run's length is known: with --nepochs, after counting. Raises `ConfigError`."""
+    of = "(--total-steps ÷ --gradient-accumulate-step)"
+    for name in ("warmup_steps", "num_checkpoints"):
+        if getattr(c, name) > c.updates:
+            raise ConfigError(f"--{_dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}")
+
+
+def _validate_checkpoints(c: Config, refuse: Callable[[object, str], None]) -> None:
+    for name in ("num_checkpoints", "load_step"):
+        refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
+    refuse(c.num_checkpoints and c.checkpoint_steps, "--num-checkpoints and --checkpoint-steps: give one")
+    refuse(
+        c.keep_checkpoints < 1 and c.keep_checkpoints != -1,
+        f"--keep-checkpoints {c.keep_checkpoints} must be at least 1, or -1 to keep all",
+    )
+    refuse(c.load_step and not c.load_checkpoint, "--load-step and --load-checkpoint false: give one")
 
 
 def _validate_evaluation(c: Config, refuse: Callable[[object, str], None]) -> None:

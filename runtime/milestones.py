@@ -10,6 +10,12 @@ from .checkpoint import Progress
 from .config import Config
 
 
+def steps_of_epochs(config: Config, sequences: int) -> int:
+    """Accumulation steps in which --nepochs × `sequences` are drawn at least, in whole updates."""
+    in_update = config.gradient_accumulate_step * config.data_group_size * config.batch_size
+    return -(-config.nepochs * sequences // in_update) * config.gradient_accumulate_step
+
+
 def perplexity(loss: float) -> float:
     """e^loss, of a loss in nats a token; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -22,7 +28,12 @@ def evaluates(config: Config, step: int) -> bool:
 
 def saves(config: Config, step: int) -> bool:
     """Whether the update that ends at `step` is followed by a checkpoint, whatever was found there."""
-    return step >= config.total_steps or _reached(config, step, config.checkpoint_steps)
+    if step >= config.total_steps:
+        return True
+    if config.num_checkpoints:
+        done = step // config.gradient_accumulate_step
+        return _share(config, done) > _share(config, done - 1)
+    return _reached(config, step, config.checkpoint_steps)
 
 
 def judge(progress: Progress, loss: float) -> Progress:
@@ -42,6 +53,12 @@ def enough(config: Config, progress: Progress) -> str:
     if config.patience and progress.waited >= config.patience:
         return f"{progress.waited} evaluations in a row have not improved on {best} (--patience {config.patience})"
     return ""
+
+
+def _share(config: Config, updates: int) -> int:
+    """How many of --num-checkpoints are due after so many updates: n after n equal parts of the run, the last at its
+    end."""
+    return updates * config.num_checkpoints // config.updates
 
 
 def _reached(config: Config, step: int, every: int) -> bool:

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
-from .config import Config, ConfigError
+from .config import Config, ConfigError, validate_length
+from .milestones import steps_of_epochs
 from .optim import Optimizer
 from .tasks import Encode, TaskMixture, parse_tasks
 
@@ -148,11 +150,30 @@ def open_mixture(config: Config, encode: Encode) -> TaskMixture:
     return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
 
 
+def settle(
+    config: Config, progress: Progress, mixture: TaskMixture | None, meeting: Rendezvous
+) -> tuple[Config, Progress]:
+    """Turn --nepochs into steps: rank 0 counts, once for a run, and tells the others. Raises `ConfigError`."""
+    if not config.nepochs:
+        return config, progress
+    count = progress.epoch_sequences
+    if count is None and mixture is not None:
+        log.info("counting the tokens of all tasks, for --nepochs")
+        count = mixture.sequences()
+    count = meeting.exchange("sequences of an epoch", count, config.wire_timeout)[0]
+    steps = steps_of_epochs(config, count)
+    if config.rank == 0:
+        log.info("--nepochs %d: %d sequences an epoch, %d steps", config.nepochs, count, steps)
+    config = replace(config, total_steps=steps)
+    validate_length(config)
+    return config, replace(progress, epoch_sequences=count)
+
+
 def fill(
     config: Config, spec: ModelSpec, store: ShardStore, stage: Stage, optimizer: Optimizer, checkpoints: Checkpoints
 ) -> Progress:
-    """Fill the stage: from the latest checkpoint, or from the pretrained model, or at random."""
-    step = checkpoints.find(stage.units, spec) if config.load_checkpoint else None
+    """Fill the stage: from the latest checkpoint or --load-step's, or from the pretrained model, or at random."""
+    step = checkpoints.find(stage.units, spec, config.load_step) if config.load_checkpoint else None
     if step is not None:
         folder = folder_of(config.checkpoints, step)
         ours, theirs = spec, ShardStore(folder).spec

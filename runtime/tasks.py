@@ -77,6 +77,10 @@ class Task:
                 self._next_document()
         return tokens
 
+    def count(self, encode: Encode) -> int:
+        """Tokens of one epoch."""
+        return sum(len(encode("\n" + self._text(line))) for line in range(len(self.offsets)))
+
     def state(self) -> dict[str, int]:
         return {**vars(self.cursor), "lines": len(self.offsets)}
 
@@ -155,6 +159,10 @@ class TaskMixture:
             row[:] = self.tasks[choice].read(self._length, self._encode)
             self.drawn += 1
         return out
+
+    def sequences(self) -> int:
+        """How many sequences hold every task once; a task's last one is filled up from its next epoch."""
+        return sum(-(-task.count(self._encode) // self._length) for task in self.tasks)
 
     def state(self) -> dict[str, Any]:
         """The cursor, as JSON."""

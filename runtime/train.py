@@ -27,6 +27,7 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Timeline
+from .astest import export, shortened
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
@@ -45,6 +46,7 @@ from .prepare import (
     open_mixture,
     open_tokenizer,
     pick_device,
+    settle,
     share_threads,
     versions,
 )
@@ -142,6 +144,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     split = layer_split(config, spec)
     plan = make_plan(config)
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
+    if config.as_test:
+        config = shortened(config)
     device = pick_device(config)
     threads = share_threads(meeting)
     units = stage_units(split, place.stage)
@@ -155,10 +159,11 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     stage = Stage(spec, units, dtype=dtype, device=device)
     optimizer = Optimizer(stage, config)
-    checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout)
+    checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout, config.keep_checkpoints)
     progress = fill(config, spec, store, stage, optimizer, checkpoints)
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
+    config, progress = settle(config, progress, mixture, meeting)
     if reason := enough(config, progress):
         if config.rank == 0:
             log.info("%s: nothing to do: %s", folder_of(config.checkpoints, progress.step), reason)
@@ -213,6 +218,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     if metrics is not None:
         metrics.close()
         _summary(progress, early, metrics, config)
+    if config.as_test and not early:
+        _end_test(progress, config, meeting)
     if timeline is not None:
         path = config.checkpoints / "traces" / f"rank{config.rank}.json"
         # perf_counter's zero differs from machine to machine; the wall clock is common, as far as clocks agree.
@@ -231,6 +238,19 @@ def _save(
     folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer)
     if rank == 0:
         log.info("saved %s", folder)
+
+
+def _end_test(progress: Progress, config: Config, meeting: Rendezvous) -> None:
+    folder = folder_of(config.checkpoints, progress.step)
+    exported = export(folder) if config.rank == 0 else None
+    meeting.exchange("as-test", "", config.wire_timeout)  # a failure is everyone's
+    if config.rank == 0:
+        log.info(
+            "--as-test: all worked: one update, %scheckpoint in %s, %s. The folder %s may be deleted",
+            "evaluation, " if progress.best_loss is not None else "", folder,
+            f"export to {exported}" if exported else "no export, since this site holds only some of the layers",
+            config.checkpoints,
+        )  # fmt: skip
 
 
 def _summary(progress: Progress, early: str, metrics: Metrics, config: Config) -> None:
