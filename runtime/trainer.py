@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,8 @@ class Trainer:
             end = time.perf_counter()
             if self.record is not None:
                 self.record("optimizer", "update", updating, end)
-            progress = Progress(
+            progress = replace(
+                progress,
                 step=progress.step + c.gradient_accumulate_step,
                 updates=update + 1,
                 tokens=progress.tokens + per_update,
