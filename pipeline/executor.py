@@ -11,7 +11,7 @@ from torch import Tensor
 from ..comm.lane import Recorder, Ticket
 from ..comm.link import Receiver, Sender
 from ..modules.loss import cross_entropy_sum
-from .schedule import Op, Row
+from .schedule import Op, Row, trains
 from .stage import Stage
 
 
@@ -39,12 +39,16 @@ class Edges:
 
 
 class Executor:
-    """Runs steps of `row` on `stage`, with micro-batches of `micro_rows` × `length` tokens."""
+    """Runs steps of `row` on `stage`, with micro-batches of `micro_rows` × `length` tokens.
+
+    A row without a backward evaluates: no gradients, no dropout, and no activation outlives its message.
+    """
 
     def __init__(
         self, stage: Stage, row: Row, edges: Edges, micro_rows: int, length: int, record: Recorder | None = None
     ) -> None:
         self._stage, self._row, self._edges, self._record = stage, row, edges, record
+        self._trains = trains(row)
         self._micro_rows = micro_rows
         self._shape = (micro_rows, length, stage.spec.width)
         self._micro_batches = sum(action.op is Op.FORWARD for action in row)
@@ -57,6 +61,11 @@ class Executor:
         The loop only ever waits for a message that it is about to use: sends leave by their own lanes, and receives
         were posted at the start.
         """
+        self._stage.train(self._trains)
+        with torch.set_grad_enabled(self._trains):
+            return self._walk(batch, seed)
+
+    def _walk(self, batch: Batch, seed: int) -> Tensor:
         stage, edges = self._stage, self._edges
         for ticket in self._sending:  # of the step before
             ticket.get()
@@ -73,18 +82,23 @@ class Executor:
                     assert edges.from_previous is not None
                     arriving[mb] = edges.from_previous.recv()
                 case Op.FORWARD:
-                    x = arriving.pop(mb).get().requires_grad_() if mb in arriving else self._rows(batch.tokens, mb)
+                    x = arriving.pop(mb).get() if mb in arriving else self._rows(batch.tokens, mb)
+                    if self._trains and not stage.is_first:
+                        x.requires_grad_()
                     start = time.perf_counter()
                     y = stage(x, seed * self._micro_batches + mb)
                     if stage.is_last:
                         loss = cross_entropy_sum(y, self._rows(batch.labels, mb))
                         loss_sum += loss.detach().double().cpu()
                         y = loss / batch.valid
-                    live[mb] = x, y
+                    if self._trains or not stage.is_last:
+                        live[mb] = x, y
                     self._span("forward", str(action), start)
                 case Op.SEND_F:
                     assert edges.to_next is not None
                     self._sending.append(edges.to_next.send(live[mb][1].detach(), "activations"))
+                    if not self._trains:
+                        del live[mb]
                 case Op.RECV_B:
                     assert edges.from_next is not None
                     arriving[mb] = edges.from_next.recv()

@@ -9,6 +9,10 @@ A plan has one row a stage; a row is the order in which that stage acts. With 3 
     one_f_one_b   0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3        (Narayanan et al. 2019, PipeDream-Flush; arXiv:2006.09503)
                   1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3
                   2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3
+
+    forward_only  0F0 0F1 0F2 0F3                        (evaluation: nothing is kept for a backward)
+                  1F0 1F1 1F2 1F3
+                  2F0 2F1 2F2 2F3
 """
 
 from __future__ import annotations
@@ -73,6 +77,16 @@ def one_f_one_b(stages: int, micro_batches: int, ahead: int = 1) -> Plan:
         return tuple(actions)
 
     return tuple(row(stage) for stage in range(stages))
+
+
+def forward_only(stages: int, micro_batches: int) -> Plan:
+    """Each micro-batch forward and no more, as an evaluation runs."""
+    return tuple(tuple(Action(Op.FORWARD, stage, mb) for mb in range(micro_batches)) for stage in range(stages))
+
+
+def trains(row: Row) -> bool:
+    """Whether `row` has a backward. One without any is an evaluation's."""
+    return any(action.op is Op.BACKWARD for action in row)
 
 
 def live_bound(stages: int, stage: int, micro_batches: int, ahead: int = 1) -> int:

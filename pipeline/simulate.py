@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from .schedule import Action, Op, Plan, show
+from .schedule import Action, Op, Plan, show, trains
 from .timeline import Timeline
 
 
@@ -34,19 +34,21 @@ class Costs:
 _PARTNER = {Op.RECV_F: (Op.SEND_F, -1), Op.RECV_B: (Op.SEND_B, +1)}
 
 
-def validate(plan: Plan, micro_batches: int) -> None:
+def validate(plan: Plan, micro_batches: int, *, backward: bool = True) -> None:
     """Every micro-batch forward once and backward once on every stage, backward last, each action in its own row.
 
-    Raises `PlanError`.
+    Without `backward`, the plan is an evaluation's and must have none. Raises `PlanError`.
     """
     for stage, row in enumerate(plan):
         if any(action.stage != stage for action in row):
             raise PlanError(f"row {stage} has an action of another stage:\n{show(plan)}")
-        for op in (Op.FORWARD, Op.BACKWARD):
+        if not backward and trains(row):
+            raise PlanError(f"stage {stage} has a backward, in a plan that is forward only:\n{show(plan)}")
+        for op in (Op.FORWARD, Op.BACKWARD) if backward else (Op.FORWARD,):
             counts = Counter(action.mb for action in row if action.op is op)
             if counts != Counter(range(micro_batches)):
                 raise PlanError(f"stage {stage} must run {op.value} once for each of {micro_batches}:\n{show(plan)}")
-        for mb in range(micro_batches):
+        for mb in range(micro_batches) if backward else ():
             if row.index(Action(Op.BACKWARD, stage, mb)) < row.index(Action(Op.FORWARD, stage, mb)):
                 raise PlanError(f"{stage}B{mb} comes before {stage}F{mb}:\n{show(plan)}")
 

@@ -44,7 +44,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, seed: int = 0) -> Tensor:
         """`seed` names this micro-batch; with each unit's number it fixes the dropout masks, whatever the grid."""
         for unit, layer in zip(self.units, self.layers, strict=True):
-            if self._dropout:
+            if self._dropout and self.training:
                 torch.manual_seed(seed * self.spec.unit_count + unit)
             x = layer(x)
         return x

@@ -4,6 +4,7 @@
                      embed.optim.safetensors  block-00000.optim.safetensors …
                      trainer.json  manifest.json  and the tokenizer's files
     latest           the step of the newest complete checkpoint, in decimal digits
+    best             the step of the one with the lowest held-out loss, likewise
 
 Ranks that share a file system form a site and write one folder together, each layer once. A site holds the layers of
 its own ranks; where all ranks share one file system that is the whole model, and `from_pretrained` loads it.
@@ -28,6 +29,7 @@ from ..comm.topology import Topology
 from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
 from .optim import MOMENTS, Optimizer
+from .retention import ALL, checkpoint_steps, doomed, prune, remove, sweep
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -41,12 +43,17 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor."""
+    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor; the best evaluation
+    (loss, step) and how many have come since that did not improve on it; with --nepochs, the sequences of one epoch."""
 
     step: int = 0
     updates: int = 0
     tokens: int = 0
     data: dict[str, Any] | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    epoch_sequences: int | None = None
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -71,7 +78,10 @@ def problem(folder: Path) -> str | None:
 class Checkpoints:
     """This rank's part in writing and finding the checkpoints under `root`."""
 
-    def __init__(self, root: Path, rendezvous: Rendezvous, topology: Topology, timeout_s: float) -> None:
+    def __init__(
+        self, root: Path, rendezvous: Rendezvous, topology: Topology, timeout_s: float, keep: int = ALL
+    ) -> None:
+        self._keep = keep
         self.root, self._meeting, self._timeout_s = root, rendezvous, timeout_s
         rank = rendezvous.rank
         root.mkdir(parents=True, exist_ok=True)
@@ -87,11 +97,14 @@ class Checkpoints:
         stage = topology.coord(rank).stage
         self.writes = rank == min(r for r in self.site if topology.coord(r).stage == stage)
 
-    def find(self, need: range, spec: ModelSpec) -> int | None:
+    def find(self, need: range, spec: ModelSpec, wanted: int = 0) -> int | None:
         """The newest step, not past `latest`, whose checkpoint is complete for every rank; None where no rank has any.
 
-        Raises `CheckpointError` where some ranks have one and others do not, or none is whole.
+        With `wanted`, that step and no other, past `latest` or not. Raises `CheckpointError` where it is not there,
+        and without it where some ranks have one and others do not, or none is whole.
         """
+        if wanted:
+            return self._find_one(need, spec, wanted)
         latest = self.root / "latest"
         named: int | None = None
         if latest.exists():
@@ -117,18 +130,31 @@ class Checkpoints:
             log.warning("passing over %s", fault)
         return max(common)
 
+    def _find_one(self, need: range, spec: ModelSpec, wanted: int) -> int:
+        steps, faults = self._usable(max(checkpoint_steps(self.root), default=0), need, spec)
+        answers = self._meeting.exchange("checkpoints", {"steps": steps, "faults": faults})
+        common = sorted(set.intersection(*(set(answer["steps"]) for answer in answers)))
+        if wanted not in common:
+            faults = [fault for answer in answers for fault in answer["faults"]]
+            fault = next((f for f in faults if f"/checkpoint_{wanted}: " in f), "")
+            raise CheckpointError(
+                f"--load-step {wanted}: no such checkpoint is complete for every rank{fault and f' ({fault})'}. "
+                f"Those that are: {', '.join(map(str, common)) or 'none'}"
+            )
+        return wanted
+
     def _usable(self, named: int, need: range, spec: ModelSpec) -> tuple[list[int], list[str]]:
         steps, faults = [], []
-        for folder in self.root.glob("checkpoint_*"):
-            digits = folder.name.removeprefix("checkpoint_")
-            if not digits.isdigit() or int(digits) > named:
-                continue
+        for step in checkpoint_steps(self.root):
+            if step > named:
+                break
+            folder = folder_of(self.root, step)
             fault = problem(folder)
             if fault is None:
                 missing = [f for u in need if not (folder / (f := unit_file(spec, u))).exists()]
                 fault = f"{missing[0]} is not there" if missing else None
             if fault is None:
-                steps.append(int(digits))
+                steps.append(step)
             else:
                 faults.append(f"{folder}: {fault}")
         if named not in steps and not faults:
@@ -166,17 +192,29 @@ class Checkpoints:
             _write_flushed(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _flush(temporary)
             if final.exists():
-                # Left over from a run that was taken back to an earlier step, or broken.
-                os.replace(final, doomed := self.root / f".{name}.old")
-                shutil.rmtree(doomed)
+                remove(final)  # left over from a run that was taken back to an earlier step, or broken
             os.replace(temporary, final)
             _flush(self.root)
         meeting.exchange(f"{name} complete", "", self._timeout_s)
         if self.leads:
-            _write_flushed(self.root / ".latest.tmp", str(progress.step))
-            os.replace(self.root / ".latest.tmp", self.root / "latest")
-            _flush(self.root)
+            self._mark("latest", progress.step)
+            self._mark("best", progress.best_step)
+        meeting.exchange(f"{name} marked", "", self._timeout_s)
+        if self.leads:
+            # Only now does no site's `latest` name an older one any more.
+            good = [step for step in checkpoint_steps(self.root) if problem(folder_of(self.root, step)) is None]
+            prune(self.root, doomed(good, progress.step, progress.best_step, self._keep))
+            sweep(self.root)
         return final
+
+    def _mark(self, name: str, step: int | None) -> None:
+        """Let the file `name` say `step`, at one stroke; None: let there be no such file."""
+        if step is None:
+            (self.root / name).unlink(missing_ok=True)
+        else:
+            _write_flushed(self.root / f".{name}.tmp", str(step))
+            os.replace(self.root / f".{name}.tmp", self.root / name)
+        _flush(self.root)
 
     def load(self, step: int, spec: ModelSpec, optimizer: Optimizer) -> Progress:
         """Fill the stage and its optimizer from the checkpoint of `step`, strictly. Raises `CheckpointError`."""
@@ -185,6 +223,8 @@ class Checkpoints:
         if trainer.pop("format", None) != FORMAT:
             raise CheckpointError(f"{folder}/trainer.json is not of format {FORMAT}; it was written by another version")
         progress = Progress(**trainer)
+        if self.leads:
+            self._mark("best", progress.best_step)  # a run that is taken back to an earlier step knows no later best
         load_weights(ShardStore(folder), optimizer)
         for index, tensor in enumerate(optimizer.tensors):
             path = folder / _optim_file(spec, tensor.owner)

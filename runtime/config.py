@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -91,6 +91,10 @@ class OptimizerFlags:
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_eps: float = _flag(1e-6, "added to the root of the second moment")
     max_grad_norm: float = _flag(1.0, "longest global gradient; longer ones are scaled down; 0: no clipping")
+    nepochs: int = _flag(0, "draw as many sequences as all tasks hold, this many times, instead of --total-steps")
+    as_test: bool = _flag(
+        False, "one update, evaluation, checkpoint and export in --checkpoint-path/as-test, and stop: does all work?"
+    )
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,9 @@ class CheckpointFlags:
     checkpoint_path: str = _flag("", "folder for checkpoints, metrics and traces", agree=False)
     checkpoint_steps: int = _flag(0, "save each time this many accumulation steps are done; 0: only at the end")
     load_checkpoint: bool = _flag(True, "go on from the latest checkpoint in --checkpoint-path, if there is one")
+    num_checkpoints: int = _flag(0, "save this many checkpoints, evenly over the run, instead of --checkpoint-steps")
+    keep_checkpoints: int = _flag(-1, "keep this many of the newest, and the best, and delete the others; -1: keep all")
+    load_step: int = _flag(0, "go on from exactly this step's checkpoint [the latest]")
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,23 @@ class WatchFlags:
     debug: bool = _flag(False, "show tracebacks", agree=False)
 
 
-GROUPS = (ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags)
-SWITCHES = {"bf16", "debug"}
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """evaluation"""
+
+    evaluation_data: str = _flag(
+        "", "jsonl file of held-out text, evaluated at the end of the run at least; rank 0 needs it", agree=False
+    )
+    evaluation_steps: int = _flag(0, "evaluate each time this many accumulation steps are done; 0: only at the end")
+    evaluation_num_batch: int = _flag(0, "global batches of one evaluation; 0: the whole file")
+    stop_perplexity: float = _flag(0.0, "end the run when an evaluation's perplexity is at most this; 0: never")
+    patience: int = _flag(0, "end the run after this many evaluations in a row that are no improvement; 0: never")
+
+
+GROUPS = (
+    ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
+)  # fmt: skip
+SWITCHES = {"bf16", "debug", "as_test"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (
@@ -143,9 +165,6 @@ INERT = (
 NOT_YET = {
     "--fp16": "use --bf16 or neither",
     "--use-offload": "leave it out",
-    "--evaluation-data": "leave it out",
-    "--evaluation-steps": "leave it out",
-    "--evaluation-num-batch": "leave it out",
     "--loss-scale": "leave it out",
     "--initial-loss-scale": "leave it out",
     "--min-loss-scale": "leave it out",
@@ -156,7 +175,9 @@ NOT_YET = {
 
 
 @dataclass(frozen=True)
-class Config(ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags):
+class Config(
+    ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags
+):
     """One run, as one rank was told."""
 
     @property
@@ -324,19 +345,54 @@ def validate(config: Config) -> None:
     refuse(c.seq_length < 2, f"--seq-length {c.seq_length} must be at least 2: a token and the one to predict")
     refuse(not c.task_name and c.rank == 0, "--task-name is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
     refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
-    refuse(c.total_steps < 1, "--total-steps is needed: accumulation steps of the whole run")
+    refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
+    refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")
+    refuse(
+        c.total_steps < 1 and not c.nepochs,
+        "--total-steps is needed: accumulation steps of the whole run (or --nepochs)",
+    )
     refuse(
         c.total_steps % c.gradient_accumulate_step,
         f"--total-steps {c.total_steps} is not a multiple of --gradient-accumulate-step {c.gradient_accumulate_step}, "
         "so the last steps would never reach the weights",
     )
-    refuse(
-        c.warmup_steps > c.updates,
-        f"--warmup-steps {c.warmup_steps} is more than the run's {c.updates} updates "
-        "(--total-steps ÷ --gradient-accumulate-step)",
-    )
+    if not c.nepochs:
+        validate_length(c)
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    _validate_checkpoints(c, refuse)
+    _validate_evaluation(c, refuse)
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be in [0, 1)")
+
+
+def validate_length(c: Config) -> None:
+    """What can be said once the run's length is known: with --nepochs, after counting. Raises `ConfigError`."""
+    of = "(--total-steps ÷ --gradient-accumulate-step)"
+    for name in ("warmup_steps", "num_checkpoints"):
+        if getattr(c, name) > c.updates:
+            raise ConfigError(f"--{_dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}")
+
+
+def _validate_checkpoints(c: Config, refuse: Callable[[object, str], None]) -> None:
+    for name in ("num_checkpoints", "load_step"):
+        refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
+    refuse(c.num_checkpoints and c.checkpoint_steps, "--num-checkpoints and --checkpoint-steps: give one")
+    refuse(
+        c.keep_checkpoints < 1 and c.keep_checkpoints != -1,
+        f"--keep-checkpoints {c.keep_checkpoints} must be at least 1, or -1 to keep all",
+    )
+    refuse(c.load_step and not c.load_checkpoint, "--load-step and --load-checkpoint false: give one")
+
+
+def _validate_evaluation(c: Config, refuse: Callable[[object, str], None]) -> None:
+    names = ("evaluation_steps", "evaluation_num_batch", "stop_perplexity", "patience")
+    for name in names:
+        refuse(not getattr(c, name) >= 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
+        refuse(
+            c.rank == 0 and getattr(c, name) and not c.evaluation_data,
+            f"--{_dash(name)} needs --evaluation-data on rank 0: a jsonl file of held-out text",
+        )
+    for name in ("stop_perplexity", "patience"):
+        refuse(getattr(c, name) and not c.evaluation_steps, f"--{_dash(name)} needs --evaluation-steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from .tasks import TaskMixture
 
 
 def shift_labels(tokens: Tensor) -> Tensor:
-    """[rows, T] tokens → [rows, T] targets: the token that follows, and nothing to predict after the last."""
-    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)], dim=1)
+    """[…, T] tokens → […, T] targets: the token that follows, and nothing to predict after the last."""
+    return torch.cat([tokens[..., 1:], torch.full_like(tokens[..., :1], IGNORED)], dim=-1)
 
 
 def message_shape(rows: int, length: int) -> tuple[int]:
@@ -46,6 +47,46 @@ class Ends:
     labels_from: Receiver | None = None
 
 
+def deal(grid: Topology, ends: Ends, tokens: Tensor, labels: Tensor, valid: int) -> Batch:
+    """On rank 0: send each replica its share of [replicas, rows, T] tokens and labels; this rank's is the result."""
+    own = Batch(None, None, valid)
+    for replica in range(grid.replicas):
+        first, last = grid.rank(Coord(replica, 0)), grid.rank(Coord(replica, grid.stages - 1))
+        if first != 0:
+            ends.tokens_to[first].send(pack(tokens[replica], valid), "data")
+        if last != 0:
+            ends.labels_to[last].send(pack(labels[replica], valid), "data")
+        if first == 0:
+            own = Batch(tokens[replica], labels[replica] if last == 0 else None, valid)
+    return own
+
+
+class Arriving:
+    """`count` batches that come over this rank's edges. All receives are queued at once, so that what is expected
+    later comes later."""
+
+    def __init__(self, ends: Ends, count: int, rows: int, length: int) -> None:
+        self._length = length
+        self._tokens = self._take(ends.tokens_from, count, rows)
+        self._labels = self._take(ends.labels_from, count, rows)
+
+    def next(self, own: Batch | None) -> Batch:
+        """The next batch; on rank 0, with what it kept of it."""
+        batch = own or Batch(None, None, 0)
+        tokens, labels, valid = batch.tokens, batch.labels, batch.valid
+        if self._tokens is not None:
+            tokens, valid = unpack(self._tokens.popleft().get(), self._length)
+        if self._labels is not None:
+            labels, valid = unpack(self._labels.popleft().get(), self._length)
+        return Batch(tokens, labels, valid)
+
+    def _take(self, end: Receiver | None, count: int, rows: int) -> deque[Ticket] | None:
+        if end is None:
+            return None
+        end.expect(count, message_shape(rows, self._length), torch.int32, "data")
+        return deque(end.recv() for _ in range(count))
+
+
 class Feed:
     """The batches of one update after another. While one is computed, the next is drawn and sent."""
 
@@ -56,43 +97,34 @@ class Feed:
         self._mixture, self._lane = mixture, lane
         self._left = updates
         self._ahead: Ticket | None = None
+        self._arriving: Arriving | None = None
         self._prefetch()
 
     def next_update(self) -> tuple[list[Batch], dict[str, Any] | None]:
         """The update's batches, one an accumulation step, and (on rank 0) the cursor behind them."""
         local: list[Batch] = []
         cursor = None
+        assert self._arriving is not None
         if self._ahead is not None:
             local, cursor = self._ahead.get()
-        length = self._config.seq_length
-        batches = []
-        for step in range(self._config.gradient_accumulate_step):
-            here = local[step] if local else Batch(None, None, 0)
-            tokens, labels, valid = here.tokens, here.labels, here.valid
-            if self._ends.tokens_from is not None:
-                tokens, valid = unpack(self._ends.tokens_from.recv().get(), length)
-            if self._ends.labels_from is not None:
-                labels, valid = unpack(self._ends.labels_from.recv().get(), length)
-            batches.append(Batch(tokens, labels, valid))
+        steps = range(self._config.gradient_accumulate_step)
+        batches = [self._arriving.next(local[step] if local else None) for step in steps]
         self._prefetch()
         return batches, cursor
 
     def close(self) -> None:
         """Take what is under way, so that no end is left waiting."""
         self._left = 0
-        if self._pending:
+        if self._arriving is not None:
             self.next_update()
 
     def _prefetch(self) -> None:
-        self._pending = self._left > 0
-        self._ahead = None
-        if not self._pending:
+        self._arriving = self._ahead = None
+        if self._left <= 0:
             return
         self._left -= 1
-        shape = message_shape(self._config.batch_size, self._config.seq_length)
-        for end in (self._ends.tokens_from, self._ends.labels_from):
-            if end is not None:
-                end.expect(self._config.gradient_accumulate_step, shape, torch.int32, "data")
+        c = self._config
+        self._arriving = Arriving(self._ends, c.gradient_accumulate_step, c.batch_size, c.seq_length)
         if self._mixture is not None:
             self._ahead = self._lane.submit(self._draw, label="draw")
 
@@ -105,15 +137,5 @@ class Feed:
             c.gradient_accumulate_step, grid.replicas, c.batch_size, c.seq_length
         )
         valid = len(rows) * (c.seq_length - 1)
-        local = []
-        for step in shares:
-            for replica, tokens in enumerate(step):
-                labels = shift_labels(tokens)
-                first, last = grid.rank(Coord(replica, 0)), grid.rank(Coord(replica, grid.stages - 1))
-                if first != 0:
-                    self._ends.tokens_to[first].send(pack(tokens, valid), "data")
-                if last != 0:
-                    self._ends.labels_to[last].send(pack(labels, valid), "data")
-                if first == 0:
-                    local.append(Batch(tokens, labels if last == 0 else None, valid))
+        local = [deal(grid, self._ends, tokens, shift_labels(tokens), valid) for tokens in shares]
         return local, self._mixture.state()

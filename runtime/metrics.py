@@ -13,7 +13,8 @@ from .config import Config, ConfigError
 
 
 class Metrics:
-    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`.
+    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`, and `eval_loss, eval_perplexity`
+    where one followed it.
 
     `step` counts accumulation steps, `tokens` all tokens since the run's first step. Rows past `start_step`, left by a
     run that went on after its last checkpoint, are dropped first.
@@ -34,6 +35,7 @@ class Metrics:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
             file=sys.stderr,
         )
+        self._evaluated = ""
         self.first_loss: float | None = json.loads(kept[0])["loss"] if kept else None
         self.last_loss: float | None = json.loads(kept[-1])["loss"] if kept else None
 
@@ -46,8 +48,13 @@ class Metrics:
         if self._wandb is not None:
             # With commit, the row is written down now instead of when the next one comes.
             self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"], commit=True)
+        if "eval_loss" in row:
+            held_out = f"{row['eval_loss']:.4f} (perplexity {row['eval_perplexity']:.2f})"
+            self._evaluated = f", held out {held_out}"
+            self.say(f"step {row['step']}/{self._config.total_steps}  held-out loss {held_out}")
         self._bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s", refresh=False
+            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s{self._evaluated}",
+            refresh=False,
         )
         self._bar.update(row["step"] - self._bar.n)
         every = self._config.log_steps * self._config.gradient_accumulate_step

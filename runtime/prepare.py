@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
 from ..pipeline.partition import even_split, explicit_split, fixed_split
-from ..pipeline.schedule import Plan, gpipe, lower, one_f_one_b
+from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
-from .config import Config, ConfigError
+from .config import Config, ConfigError, validate_length
+from .milestones import steps_of_epochs
 from .optim import Optimizer
-from .tasks import TaskMixture, parse_tasks
+from .tasks import Encode, TaskMixture, parse_tasks
 
 log = logging.getLogger("farspan")
 
@@ -55,7 +57,7 @@ def layer_split(config: Config, spec: ModelSpec) -> tuple[int, ...]:
 
 
 def make_plan(config: Config) -> Plan:
-    """The schedule, proved on paper to run to its end."""
+    """The training schedule, proved on paper to run to its end."""
     stages, micro_batches = config.pipeline_group_size, config.micro_batches
     plan = (
         gpipe(stages, micro_batches)
@@ -63,6 +65,15 @@ def make_plan(config: Config) -> Plan:
         else one_f_one_b(stages, micro_batches, config.pp_ahead)
     )
     validate(plan, micro_batches)
+    simulate(lower(plan), Costs.even(stages))
+    return plan
+
+
+def make_evaluation_plan(config: Config) -> Plan:
+    """The same for evaluation."""
+    stages, micro_batches = config.pipeline_group_size, config.micro_batches
+    plan = forward_only(stages, micro_batches)
+    validate(plan, micro_batches, backward=False)
     simulate(lower(plan), Costs.even(stages))
     return plan
 
@@ -111,10 +122,8 @@ def share_threads(meeting: Rendezvous) -> str:
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
 
 
-def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
-    """Rank 0's tokenizer and tasks. Raises `ConfigError` or `DataError`."""
-    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
+def open_tokenizer(config: Config, spec: ModelSpec) -> Encode:
+    """Rank 0's tokenizer. Raises `ConfigError`."""
     name = config.tokenizer_name or config.model_name
     import transformers  # late: only rank 0 needs it, and it takes seconds
 
@@ -131,14 +140,40 @@ def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
     def encode(text: str) -> list[int]:
         return tokenizer(text)["input_ids"]
 
+    return encode
+
+
+def open_mixture(config: Config, encode: Encode) -> TaskMixture:
+    """Rank 0's tasks. Raises `ConfigError` or `DataError`."""
+    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
     return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
+
+
+def settle(
+    config: Config, progress: Progress, mixture: TaskMixture | None, meeting: Rendezvous
+) -> tuple[Config, Progress]:
+    """Turn --nepochs into steps: rank 0 counts, once for a run, and tells the others. Raises `ConfigError`."""
+    if not config.nepochs:
+        return config, progress
+    count = progress.epoch_sequences
+    if count is None and mixture is not None:
+        log.info("counting the tokens of all tasks, for --nepochs")
+        count = mixture.sequences()
+    count = meeting.exchange("sequences of an epoch", count, config.wire_timeout)[0]
+    steps = steps_of_epochs(config, count)
+    if config.rank == 0:
+        log.info("--nepochs %d: %d sequences an epoch, %d steps", config.nepochs, count, steps)
+    config = replace(config, total_steps=steps)
+    validate_length(config)
+    return config, replace(progress, epoch_sequences=count)
 
 
 def fill(
     config: Config, spec: ModelSpec, store: ShardStore, stage: Stage, optimizer: Optimizer, checkpoints: Checkpoints
 ) -> Progress:
-    """Fill the stage: from the latest checkpoint, or from the pretrained model, or at random."""
-    step = checkpoints.find(stage.units, spec) if config.load_checkpoint else None
+    """Fill the stage: from the latest checkpoint or --load-step's, or from the pretrained model, or at random."""
+    step = checkpoints.find(stage.units, spec, config.load_step) if config.load_checkpoint else None
     if step is not None:
         folder = folder_of(config.checkpoints, step)
         ours, theirs = spec, ShardStore(folder).spec

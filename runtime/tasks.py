@@ -77,6 +77,10 @@ class Task:
                 self._next_document()
         return tokens
 
+    def count(self, encode: Encode) -> int:
+        """Tokens of one epoch."""
+        return sum(len(encode("\n" + self._text(line))) for line in range(len(self.offsets)))
+
     def state(self) -> dict[str, int]:
         return {**vars(self.cursor), "lines": len(self.offsets)}
 
@@ -104,16 +108,20 @@ class Task:
     def _text(self, line: int) -> str:
         self._file.seek(int(self.offsets[line]))
         raw = self._file.readline()
-        where = f"{self.path}:{self.line_numbers[line]}"
-        try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f'{where}: expected an object with a string under "text"')
-        return row["text"]
+        return text_of(raw, f"{self.path}:{self.line_numbers[line]}")
+
+
+def text_of(raw: bytes, where: str) -> str:
+    """The text of one line. Raises `DataError`, which says `where`."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise DataError(f'{where}: expected an object with a string under "text"')
+    return row["text"]
 
 
 def _index(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +159,10 @@ class TaskMixture:
             row[:] = self.tasks[choice].read(self._length, self._encode)
             self.drawn += 1
         return out
+
+    def sequences(self) -> int:
+        """How many sequences hold every task once; a task's last one is filled up from its next epoch."""
+        return sum(-(-task.count(self._encode) // self._length) for task in self.tasks)
 
     def state(self) -> dict[str, Any]:
         """The cursor, as JSON."""

@@ -27,10 +27,13 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Timeline
+from .astest import export, shortened
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of
 from .config import Config, ConfigError
+from .evaluate import Evaluation, open_held_out
 from .feed import Feed
 from .metrics import Metrics
+from .milestones import enough, perplexity
 from .optim import Optimizer
 from .prepare import (
     check_model,
@@ -38,14 +41,17 @@ from .prepare import (
     digest,
     fill,
     layer_split,
+    make_evaluation_plan,
     make_plan,
     open_mixture,
+    open_tokenizer,
     pick_device,
+    settle,
     share_threads,
     versions,
 )
 from .tasks import DataError
-from .trainer import Diverged, Trainer, Vote
+from .trainer import STOPPED, Diverged, Trainer, Vote
 from .wiring import connect
 
 EXPECTED = (
@@ -168,6 +174,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     split = layer_split(config, spec)
     plan = make_plan(config)
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
+    if config.as_test:
+        config = shortened(config)
     device = pick_device(config)
     threads = share_threads(meeting)
     units = stage_units(split, place.stage)
@@ -176,14 +184,20 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, wire.name,
     )  # fmt: skip
 
-    mixture = open_mixture(config, spec) if config.rank == 0 else None
+    encode = open_tokenizer(config, spec) if config.rank == 0 else None
+    mixture = open_mixture(config, encode) if encode is not None else None
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     stage = Stage(spec, units, dtype=dtype, device=device)
     optimizer = Optimizer(stage, config)
-    checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout)
+    checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout, config.keep_checkpoints)
     progress = fill(config, spec, store, stage, optimizer, checkpoints)
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
+    config, progress = settle(config, progress, mixture, meeting)
+    if reason := enough(config, progress):
+        if config.rank == 0:
+            log.info("%s: nothing to do: %s", folder_of(config.checkpoints, progress.step), reason)
+        return
     if progress.step >= config.total_steps:
         if config.rank == 0:
             log.info(
@@ -194,13 +208,20 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
 
     timeline = Timeline() if config.profiling == "tidy_profiling" else None
     record = timeline.record if timeline is not None else None
+    held_out = open_held_out(config, topology, encode) if encode is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
-    meeting.exchange("loaded", "", config.wire_timeout)
+    evaluated = meeting.exchange("loaded", held_out and held_out.size, config.wire_timeout)[0]
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
     tied = optimizer.tied_gradient
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
     feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
     tokenizer = Path(config.tokenizer_name or config.model_name)
+    vote = Vote(wires.world, wires.collectives, config.wire_timeout)
+    evaluation = None
+    if evaluated is not None:
+        row = lower(make_evaluation_plan(config))[place.stage]
+        executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
+        evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, evaluated, held_out)
     trainer = Trainer(
         config,
         topology,
@@ -208,7 +229,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         Executor(stage, lower(plan)[place.stage], wires.edges, config.micro_batch_size, config.seq_length, record),
         optimizer,
         Replicas(optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout),
-        Vote(wires.world, wires.collectives, config.wire_timeout),
+        vote,
         wires.collectives,
         feed,
         save=lambda p: _save(p, checkpoints, spec, optimizer, dtype, tokenizer, config.rank),
@@ -216,16 +237,19 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         metrics=metrics,
         borrowed=tied if not stage.is_first else None,
         record=record,
+        evaluate=evaluation.loss if evaluation is not None else None,
     )
     if config.rank == 0:
         log.info("training starts %.1f s after the process", time.time() - born)
     signals.training = True
-    progress, stopped = trainer.run(progress)
+    progress, early = trainer.run(progress)
     feed.close()
     wires.close()
     if metrics is not None:
         metrics.close()
-        _summary(progress, stopped, metrics, config)
+        _summary(progress, early, metrics, config)
+    if config.as_test and not early:
+        _end_test(progress, config, meeting)
     if timeline is not None:
         path = config.checkpoints / "traces" / f"rank{config.rank}.json"
         # perf_counter's zero differs from machine to machine; the wall clock is common, as far as clocks agree.
@@ -246,12 +270,30 @@ def _save(
         log.info("saved %s", folder)
 
 
-def _summary(progress: Progress, stopped: bool, metrics: Metrics, config: Config) -> None:
+def _end_test(progress: Progress, config: Config, meeting: Rendezvous) -> None:
+    folder = folder_of(config.checkpoints, progress.step)
+    exported = export(folder) if config.rank == 0 else None
+    meeting.exchange("as-test", "", config.wire_timeout)  # a failure is everyone's
+    if config.rank == 0:
+        log.info(
+            "--as-test: all worked: one update, %scheckpoint in %s, %s. The folder %s may be deleted",
+            "evaluation, " if progress.best_loss is not None else "", folder,
+            f"export to {exported}" if exported else "no export, since this site holds only some of the layers",
+            config.checkpoints,
+        )  # fmt: skip
+
+
+def _summary(progress: Progress, early: str, metrics: Metrics, config: Config) -> None:
     if metrics.first_loss is None or metrics.last_loss is None:
         return
-    how = "stopped, to be resumed by the same command," if stopped else "done"
+    how = early if early in ("", STOPPED) else f"ended early: {early};"
     log.info(
         "%s at step %d of %d: loss %.4f at first, %.4f at last; the model is in %s",
-        how, progress.step, config.total_steps, metrics.first_loss, metrics.last_loss,
+        how or "done", progress.step, config.total_steps, metrics.first_loss, metrics.last_loss,
         folder_of(config.checkpoints, progress.step),
     )  # fmt: skip
+    if progress.best_loss is not None and progress.best_step is not None:
+        log.info(
+            "the best evaluation: loss %.4f, perplexity %.2f; that model is in %s",
+            progress.best_loss, perplexity(progress.best_loss), folder_of(config.checkpoints, progress.best_step),
+        )  # fmt: skip

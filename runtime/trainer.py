@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from .checkpoint import Progress
 from .config import Config
 from .feed import Feed
 from .metrics import Metrics
+from .milestones import enough, evaluates, judge, perplexity, saves
 from .optim import Optimizer, clip_factor, linear_schedule
+
+STOPPED = "stopped, to be resumed by the same command,"
 
 
 class Diverged(RuntimeError):
@@ -62,7 +65,8 @@ class Vote:
 class Trainer:
     """Runs updates until the last, or until some rank is told to stop.
 
-    `borrowed` is the gradient that another stage counts; `save` writes a checkpoint; `metrics` is rank 0's alone.
+    `borrowed` is the gradient that another stage counts; `save` writes a checkpoint; `metrics` is rank 0's alone;
+    `evaluate` takes the number of updates done and gives the held-out loss.
     """
 
     config: Config
@@ -79,10 +83,11 @@ class Trainer:
     metrics: Metrics | None = None
     borrowed: Tensor | None = None
     record: Recorder | None = None
+    evaluate: Callable[[int], float] | None = None
 
-    def run(self, progress: Progress) -> tuple[Progress, bool]:
-        """Train from `progress` on. Returns where the run stands at its end, and whether it was stopped before its last
-        update. A checkpoint of that point has been written."""
+    def run(self, progress: Progress) -> tuple[Progress, str]:
+        """Train from `progress` on. Returns where the run stands at its end, and why that came before its last update,
+        or "". A checkpoint of that point has been written."""
         c = self.config
         per_update = c.gradient_accumulate_step * self.topology.replicas * c.batch_size * c.seq_length
         for update in range(progress.updates, c.updates):
@@ -107,31 +112,35 @@ class Trainer:
             end = time.perf_counter()
             if self.record is not None:
                 self.record("optimizer", "update", updating, end)
-            progress = Progress(
+            progress = replace(
+                progress,
                 step=progress.step + c.gradient_accumulate_step,
                 updates=update + 1,
                 tokens=progress.tokens + per_update,
                 data=cursor,
             )
+            held_out: dict[str, Any] = {}
+            reason = STOPPED if verdict.stop else ""
+            if self.evaluate is not None and evaluates(c, progress.step):
+                loss = self.evaluate(update + 1)
+                held_out = {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
+                progress = judge(progress, loss)
+                reason = reason or enough(c, progress)
             if self.metrics is not None:
-                self.metrics.write(_row(progress, verdict, batches[0].valid, lr, per_update, end - start))
-            finished = update + 1 == c.updates
-            if finished or verdict.stop or self._due(progress.step):
+                row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
+                self.metrics.write({**row, **held_out})
+            # The best so far is always saved. What was evaluated and what is saved are the same weights.
+            if saves(c, progress.step) or reason or progress.best_step == progress.step:
                 self.save(progress)
-            if verdict.stop and not finished:
-                return progress, True
-        return progress, False
+            if reason and update + 1 < c.updates:
+                return progress, reason
+        return progress, ""
 
     def _own_squares(self) -> float:
         """This rank's part of the global norm: every parameter of the model is counted by exactly one rank."""
         if self.place.replica != 0:
             return 0.0
         return self.optimizer.gradients.square_sum(skip=self.borrowed)
-
-    def _due(self, step: int) -> bool:
-        """Whether a multiple of --checkpoint-steps was reached within the last update."""
-        every = self.config.checkpoint_steps
-        return every > 0 and step // every > (step - self.config.gradient_accumulate_step) // every
 
 
 def _row(progress: Progress, verdict: Verdict, valid: int, lr: float, tokens: int, seconds: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from farspan.modules.loss import count_valid, cross_entropy_sum
 from farspan.modules.shards import ShardStore
 from farspan.pipeline.executor import Batch, Edges, Executor
 from farspan.pipeline.partition import stage_units
-from farspan.pipeline.schedule import Op, Plan, gpipe, live_bound, lower, one_f_one_b
+from farspan.pipeline.schedule import Op, Plan, forward_only, gpipe, live_bound, lower, one_f_one_b
 from farspan.pipeline.stage import Stage
 from memory import MemoryGroup, MemoryWire
 from tiny import VOCAB, make_model
@@ -123,19 +124,17 @@ class Pipeline:
                 )
             )
 
-    def run(self, batches: list[Batch], train: bool = True) -> list[float]:
+    def run(self, batches: list[Batch]) -> list[float]:
         """The loss sums of the last stage, one a batch; its place is its seed. Fails where a stage raises or hangs."""
         ended: queue.Queue[tuple[int, object]] = queue.Queue()
 
         def work(at: int) -> None:
             sums: list[float] = []
             try:
-                with torch.set_grad_enabled(train):
-                    for seed, batch in enumerate(batches):
-                        tokens = batch.tokens if at == 0 else None
-                        labels = batch.labels if at == len(self.stages) - 1 else None
-                        mine = Batch(tokens, labels, batch.valid)
-                        sums.append(self.executors[at].step(mine, seed).item())
+                for seed, batch in enumerate(batches):
+                    tokens = batch.tokens if at == 0 else None
+                    labels = batch.labels if at == len(self.stages) - 1 else None
+                    sums.append(self.executors[at].step(Batch(tokens, labels, batch.valid), seed).item())
                 ended.put((at, sums))
             except Exception as error:
                 ended.put((at, error))
@@ -182,10 +181,23 @@ def test_a_stage_computes_what_its_row_says_in_its_order(store: ShardStore, batc
 
 
 def test_evaluation_is_a_plan_without_backwards(store: ShardStore, batches: list[Batch], truth: Truth) -> None:
-    plan = tuple(tuple(action for action in row if action.op is Op.FORWARD) for row in gpipe(3, 4))
-    pipeline = Pipeline(store, (2, 2, 1), plan)
-    assert pipeline.run(batches, train=False) == pytest.approx(truth.loss_sums, rel=1e-6)
+    pipeline = Pipeline(store, (2, 2, 1), forward_only(3, 4), Watching)
+    assert pipeline.run(batches) == pytest.approx(truth.loss_sums, rel=1e-6)
     assert set(pipeline.gradients().values()) == {None}
+    assert [stage.peak for stage in pipeline.stages] == [0, 0, 0]  # autograd kept nothing at all
+
+
+@pytest.mark.parametrize("split", [(5,), (2, 2, 1)])
+def test_dropout_acts_in_training_and_not_in_evaluation(
+    tmp_path: Path, batches: list[Batch], truth: Truth, split: tuple[int, ...]
+) -> None:
+    """Dropout has no parameters, so the weights are those of the model without it: so must be the evaluation."""
+    dropping = ShardStore(make_model(tmp_path, "gptneox", hidden_dropout=0.3, attention_dropout=0.2))
+    evaluating = Pipeline(dropping, split, forward_only(len(split), 4))
+    assert evaluating.run(batches) == pytest.approx(truth.loss_sums, rel=1e-6)
+    training = Pipeline(dropping, split, gpipe(len(split), 4))
+    assert training.run(batches) != pytest.approx(truth.loss_sums, rel=1e-3)
+    assert all(stage.training for stage in training.stages)
 
 
 class Watching(Stage):

@@ -10,6 +10,7 @@ from farspan.pipeline.schedule import (
     Action,
     Op,
     Plan,
+    forward_only,
     gpipe,
     live_activations,
     live_bound,
@@ -67,6 +68,8 @@ def in_torchs_words(plan: Plan) -> dict[int, list[torchs._Action]]:
         (one_f_one_b(3, 4, ahead=2), TWO_AHEAD),
         (lower(gpipe(3, 1)), LOWERED),
         (lower(gpipe(1, 2)), "0F0 0F1 0B0 0B1"),
+        (forward_only(2, 3), "0F0 0F1 0F2\n1F0 1F1 1F2"),
+        (lower(forward_only(3, 1)), "0F0 0SEND_F0\n1RECV_F0 1F0 1SEND_F0\n2RECV_F0 2F0"),
     ],
 )
 def test_the_plans_of_the_books(plan: Plan, text: str) -> None:
@@ -87,6 +90,21 @@ def test_every_plan_is_whole_and_runs_within_its_memory(stages: int, micro_batch
     assert [live_activations(row) for row in lean] == [
         live_bound(stages, stage, micro_batches, ahead) for stage in range(stages)
     ]
+
+
+@many
+@given(stages_, micro_batches_)
+def test_an_evaluations_plan_fills_the_pipeline_once(stages: int, micro_batches: int) -> None:
+    plan = forward_only(stages, micro_batches)
+    validate(plan, micro_batches, backward=False)
+    timeline = simulate(lower(plan), Costs.even(stages))
+    assert timeline.seconds == stages - 1 + micro_batches  # one second a forward
+    with pytest.raises(PlanError, match="must run B once"):
+        validate(plan, micro_batches)
+    with pytest.raises(PlanError, match="stage 0 has a backward"):
+        validate(gpipe(stages, micro_batches), micro_batches, backward=False)
+    with pytest.raises(PlanError, match="must run F once"):
+        validate(plan, micro_batches + 1, backward=False)
 
 
 def test_how_much_one_f_one_b_keeps_alive() -> None:

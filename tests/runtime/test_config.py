@@ -66,11 +66,31 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
         ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be in [0, 1)"),
+        ("--evaluation-steps 5", "--evaluation-steps needs --evaluation-data on rank 0"),
+        ("--evaluation-num-batch 5", "--evaluation-num-batch needs --evaluation-data on rank 0"),
+        ("--patience 2", "--patience needs --evaluation-data on rank 0"),
+        ("--stop-perplexity 2", "--stop-perplexity needs --evaluation-data on rank 0"),
+        ("--evaluation-data e.jsonl --patience 2", "--patience needs --evaluation-steps"),
+        ("--evaluation-data e.jsonl --stop-perplexity 2", "--stop-perplexity needs --evaluation-steps"),
+        ("--evaluation-data e.jsonl --evaluation-steps -1", "--evaluation-steps -1 must not be negative"),
+        ("--evaluation-data e.jsonl --evaluation-num-batch -1", "--evaluation-num-batch -1 must not be negative"),
+        ("--evaluation-data e.jsonl --patience -1", "--patience -1 must not be negative"),
+        ("--evaluation-data e.jsonl --stop-perplexity nan", "--stop-perplexity nan must not be negative"),
+        ("--evaluation-steps often", "--evaluation-steps"),
+        ("--keep-checkpoints 0", "--keep-checkpoints 0 must be at least 1, or -1 to keep all"),
+        ("--keep-checkpoints -2", "--keep-checkpoints -2 must be at least 1, or -1 to keep all"),
+        ("--num-checkpoints -1", "--num-checkpoints -1 must not be negative"),
+        ("--num-checkpoints 2 --checkpoint-steps 2", "--num-checkpoints and --checkpoint-steps: give one"),
+        ("--num-checkpoints 9", "--num-checkpoints 9 is more than the run's 8 updates"),
+        ("--load-step -1", "--load-step -1 must not be negative"),
+        ("--load-step 2 --load-checkpoint false", "--load-step and --load-checkpoint false: give one"),
+        ("--nepochs 1", "--nepochs and --total-steps both say how long the run is: give one"),
+        ("--nepochs -1", "--nepochs -1 must not be negative"),
     ],
 )
 def test_refusals_name_the_flag(extra: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        config(extra)
+        config(extra + " --rank 0" if "--rank" not in extra else extra)
 
 
 @pytest.mark.parametrize("flag", ["--model-name", "--task-name", "--checkpoint-path", "--total-steps", "--dist-url"])
@@ -134,5 +154,15 @@ def test_every_flag_that_shapes_the_result_must_agree() -> None:
     agreed = config().agreement()
     for flag in ("--lr", "--seed", "--batch-size", "--pp-mode", "--seq-length", "--bf16", "--layer-split", "--dp-mode"):
         assert flag in agreed
-    for flag in ("--rank", "--dist-url", "--cuda-id", "--net-interface", "--model-name", "--checkpoint-path"):
+    for flag in ("--evaluation-steps", "--patience", "--nepochs", "--load-step", "--keep-checkpoints", "--as-test"):
+        assert flag in agreed
+    for flag in (
+        "--evaluation-data",
+        "--rank",
+        "--dist-url",
+        "--cuda-id",
+        "--net-interface",
+        "--model-name",
+        "--checkpoint-path",
+    ):
         assert flag not in agreed

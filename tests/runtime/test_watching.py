@@ -71,6 +71,20 @@ def test_wandb_offline_gets_every_update(flags: Flags, tmp_path: Path) -> None:
 
 
 @needs_wandb
+def test_wandb_gets_evaluations(flags: Flags, tmp_path: Path) -> None:
+    told = flags(train_log_backend="wandb", evaluation_steps=3)
+    told["evaluation_data"] = told["task_name"].split(":")[0]
+    with Run(1, 1, told, env={"WANDB_MODE": "offline"}) as run:
+        run.succeed()
+    items, _ = wandb_rows(tmp_path / "ck")
+    rows = read_metrics(tmp_path / "ck")
+    assert len(items) == len(rows) == 6
+    for step in (3, 6):
+        for key in ("eval_loss", "eval_perplexity"):
+            assert items[step - 1][key] == pytest.approx(rows[step - 1][key])
+
+
+@needs_wandb
 def test_a_killed_run_loses_at_most_a_second_of_wandb(flags: Flags, tmp_path: Path) -> None:
     told = flags(train_log_backend="wandb", total_steps=100_000)
     with Run(1, 1, told, env={"WANDB_MODE": "offline"}) as run:

@@ -1,0 +1,173 @@
+"""Evaluation: every target once, one number on every grid, and training goes on as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from farspan.comm.topology import Topology
+from farspan.modules.loss import IGNORED
+from farspan.runtime.config import Config
+from farspan.runtime.evaluate import HeldOut, open_held_out
+from farspan.runtime.milestones import perplexity
+from farspan.runtime.tasks import DataError
+from launch import Run, read_metrics
+from tiny import make_model, make_task
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Flags = Callable[..., dict[str, Any]]
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences that are not drawn for training: 11 rows and a piece, which no grid here divides."""
+    path = make_task(tmp_path_factory.mktemp("held") / "held.jsonl", lines=11, seed=9)
+    path.write_text(path.read_text().replace("\n", "\n\n", 1))  # a blank line is no document
+    return path
+
+
+def stream(path: Path, model: Path) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = filter(str.strip, path.read_text().splitlines())
+    return [t for line in lines for t in tokenizer("\n" + json.loads(line)["text"])["input_ids"]]
+
+
+def plain_loop(folder: Path, tokens: list[int]) -> tuple[float, int]:
+    """A transformers model over the rows one by one; loss and the number of targets."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for at in range(0, len(tokens), LENGTH):
+        row = torch.tensor([tokens[at : at + LENGTH]])
+        with torch.no_grad():
+            logits = model(row).logits[0, :-1]
+        total += float(F.cross_entropy(logits, row[0, 1:], reduction="sum"))
+        count += row.shape[1] - 1
+    return total / count, count
+
+
+def read(path: Path, *, rows: int = 2, replicas: int = 1, length: int = LENGTH, most: int = 0) -> HeldOut:
+    """`open_held_out` with characters as tokens."""
+    config = Config(evaluation_data=str(path), evaluation_num_batch=most, seq_length=length, batch_size=rows)
+    made = open_held_out(config, Topology(replicas, 1), lambda text: [ord(c) for c in text])
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize(("length", "rows", "replicas"), [(4, 2, 1), (4, 1, 3), (5, 3, 2), (7, 1, 1), (64, 2, 2)])
+def test_every_target_counts_once(tmp_path: Path, length: int, rows: int, replicas: int) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abcdefg", "hij", "k", "lmnopqrstu")))
+    text = "\nabcdefg\nhij\nk\nlmnopqrstu"
+    made = read(path, rows=rows, replicas=replicas, length=length)
+    assert made.tokens.shape[1:] == (replicas, rows, length)
+    flat, labels = made.tokens.flatten().tolist(), made.labels.flatten().tolist()
+    assert "".join(map(chr, flat[: len(text)])) == text
+    cut = [text[at : at + length] for at in range(0, len(text), length)]
+    want = [ord(c) for row in cut for c in row[1:]]
+    assert [label for label in labels if label != IGNORED] == want
+    for at, label in enumerate(labels):
+        assert label in (IGNORED, flat[min(at + 1, len(flat) - 1)])
+    assert made.size == (-(-len(cut) // (rows * replicas)), len(want))
+
+
+def test_the_number_of_batches_can_be_limited(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "abcdefghijklmnopq"}\nnot read at all')
+    made = read(path, length=4, rows=2, most=2)
+    assert made.size == (2, 12)
+    assert "".join(map(chr, made.tokens.flatten().tolist())) == "\nabcdefghijklmno"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no token that follows another"),
+        (b"\n \n", "holds no token that follows another"),
+        (b'{"text": "ab"}\n{"text": 3}\n', 'x.jsonl:2: expected an object with a string under "text"'),
+        (b'{"text": "ab"}\n\n{"text": \n', "x.jsonl:3: not JSON"),
+        (b'{"text": "\xff"}\n', "x.jsonl:1: not UTF-8"),
+        (None, "--evaluation-data: cannot read"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_all_ranks_say_so(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with Run(2, 1, flags(evaluation_data=tmp_path / "bad.jsonl")) as run:
+        for end in run.wait(30).values():
+            assert end.code == 1
+            assert "bad.jsonl:1: expected an object" in end.err
+
+
+@pytest.mark.parametrize(
+    ("stages", "replicas", "changes"),
+    [
+        (1, 1, {}),
+        (2, 2, {"batch_size": 2, "micro_batch_size": 1}),
+        (3, 1, {"layer_split": "1,3,1", "pp_mode": "1f1b"}),
+        (1, 2, {"batch_size": 10, "micro_batch_size": 5}),  # one batch, and the second replica's share is short
+        (2, 2, {"batch_size": 12, "micro_batch_size": 3}),  # the second replica has nothing at all
+    ],
+)
+def test_the_loss_is_a_plain_loops(
+    flags: Flags, tmp_path: Path, held_out: Path, model: Path, stages: int, replicas: int, changes: dict[str, Any]
+) -> None:
+    """Of the checkpoint that was written after it, over the very same rows."""
+    told = flags(evaluation_data=held_out, evaluation_steps=2, total_steps=3, warmup_steps=2, **changes)
+    with Run(stages, replicas, told, by_rank={r: {"evaluation_data": None} for r in range(1, 4)}) as run:
+        run.succeed()
+    rows = read_metrics(tmp_path / "ck")
+    assert ["eval_loss" in row for row in rows] == [False, True, True]  # every second step, and the end
+    tokens = stream(held_out, model)
+    loss, _ = plain_loop(tmp_path / "ck" / "checkpoint_3", tokens)
+    assert rows[2]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert rows[2]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert f"held-out loss {loss:.4f}"[:-1] in run.err(0)
+
+
+def test_the_model_as_it_came(flags: Flags, tmp_path: Path, held_out: Path, model: Path) -> None:
+    """The first update's learning rate is 0, so what is evaluated after it are the weights of the start."""
+    with Run(2, 1, flags(evaluation_data=held_out, evaluation_num_batch=2, total_steps=1, warmup_steps=1)) as run:
+        run.succeed()
+    (row,) = read_metrics(tmp_path / "ck")
+    loss, _ = plain_loop(model, stream(held_out, model)[: 2 * 4 * LENGTH])
+    assert row["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "replicas", "changes"),
+    [(2, 2, {"gradient_accumulate_step": 2, "total_steps": 12}), (3, 1, {"pp_mode": "1f1b"})],
+)
+def test_training_does_not_notice(
+    flags: Flags, tmp_path: Path, held_out: Path, stages: int, replicas: int, changes: dict[str, Any]
+) -> None:
+    """Losses and gradient norms are the same bits with evaluations between the updates and without; dropout too."""
+    model = make_model(tmp_path / "drop", "gptneox", hidden_dropout=0.2, attention_dropout=0.1)
+    curves = []
+    for extra in ({}, {"evaluation_data": held_out, "evaluation_steps": 1}):
+        told = flags(model_name=model, checkpoint_path=tmp_path / f"ck{len(extra)}", **changes, **extra)
+        with Run(stages, replicas, told) as run:
+            run.succeed()
+        rows = read_metrics(told["checkpoint_path"])
+        assert all(("eval_loss" in row) == bool(extra) for row in rows)
+        curves.append([(row["loss"], row["grad_norm"]) for row in rows])
+    assert curves[0] == curves[1]
+
+
+def test_perplexity() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e4) == math.inf

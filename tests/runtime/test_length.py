@@ -1,0 +1,131 @@
+"""How long a run is: --nepochs, and the one update of --as-test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from farspan.runtime.tasks import TaskMixture
+from launch import Run, read_metrics
+from tiny import make_task
+from transformers import AutoModelForCausalLM
+
+Flags = Callable[..., dict[str, Any]]
+
+
+def words(path: Path) -> list[list[str]]:
+    return [json.loads(line)["text"].split() for line in path.read_text().splitlines()]
+
+
+def test_an_epoch_holds_every_document(tmp_path: Path) -> None:
+    """Of one task: every document once, and less than a sequence of the next epoch."""
+    path = make_task(tmp_path / "a.jsonl", lines=23)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    mixture = TaskMixture([(path, 1.0)], lambda text: [ord(c) for c in text], 16, 1)
+    count = mixture.sequences()
+    assert count == -(-sum(len(text) + 1 for text in texts) // 16)
+    drawn = "".join(map(chr, mixture.draw(count).flatten().tolist()))
+    once = sum(len(text) + 1 for text in texts)
+    assert sorted(drawn[1:once].split("\n")) == sorted(texts)
+    assert len(drawn) - once < 16
+
+
+@pytest.mark.parametrize(("stages", "replicas", "accumulate"), [(2, 1, 1), (1, 2, 2)])
+def test_epochs_set_the_length_on_all_ranks(
+    flags: Flags, tmp_path: Path, stages: int, replicas: int, accumulate: int
+) -> None:
+    a, b = make_task(tmp_path / "a.jsonl", lines=9), make_task(tmp_path / "b.jsonl", lines=5, seed=1)
+    an_epoch = sum(-(-sum(len(line) for line in words(path)) // 16) for path in (a, b))  # a word is a token
+    in_update = accumulate * replicas * 4
+    steps = -(-2 * an_epoch // in_update) * accumulate
+    told = flags(
+        task_name=f"{a}:0.3,{b}:0.7", total_steps=None, nepochs=2, num_checkpoints=2, warmup_steps=1,
+        gradient_accumulate_step=accumulate,
+    )  # fmt: skip
+    with Run(stages, replicas, told) as run:
+        run.succeed()
+    folder = tmp_path / "ck"
+    rows = read_metrics(folder)
+    assert rows[-1]["step"] == steps
+    updates = steps // accumulate
+    assert [row["lr"] for row in rows][-1] == pytest.approx(3e-3 / (updates - 1))  # the schedule knows it too
+    assert f"{an_epoch} sequences an epoch, {steps} steps" in run.err(0)
+    assert "counting the tokens" in run.err(0)
+    state = json.loads((folder / f"checkpoint_{steps}" / "trainer.json").read_text())
+    assert state["epoch_sequences"] == an_epoch
+    drawn = state["data"]["drawn"]
+    assert 2 * an_epoch <= drawn < 2 * an_epoch + in_update
+    # Resumed, it counts no more, and ends where it would have.
+    half = int(min(p.name.split("_")[1] for p in folder.glob("checkpoint_*") if p.name != f"checkpoint_{steps}"))
+    (folder / "latest").write_text(str(half))
+    shutil.rmtree(folder / f"checkpoint_{steps}")
+    with Run(stages, replicas, told) as run:
+        run.succeed()
+    assert "counting the tokens" not in run.err(0)
+    again = read_metrics(folder)
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused_by_all(flags: Flags) -> None:
+    with Run(2, 1, flags(total_steps=None, nepochs=1, warmup_steps=500)) as run:
+        for end in run.wait(30).values():
+            assert end.code == 1
+            assert "--warmup-steps 500 is more than the run's" in end.err
+
+
+def as_test(told: dict[str, Any], stages: int = 2, replicas: int = 1, **more: Any) -> Run:  # noqa: ANN401
+    return Run(stages, replicas, {**told, "as_test": True}, **more)
+
+
+def test_as_test_goes_through_everything(flags: Flags, tmp_path: Path, model: Path) -> None:
+    """Twice, since people do; and the real run finds nothing of it."""
+    held_out = make_task(tmp_path / "held.jsonl", seed=9)
+    told = flags(
+        evaluation_data=held_out, evaluation_steps=2, patience=1, warmup_steps=3, checkpoint_steps=2,
+        gradient_accumulate_step=2, batch_size=2, log_steps=1,
+    )  # fmt: skip
+    folder = tmp_path / "ck" / "as-test"
+    for _ in range(2):
+        with as_test(told, 2, 2) as run:
+            run.succeed()
+        assert "--as-test: all worked: one update, evaluation, checkpoint in" in run.err(0)
+        (row,) = read_metrics(folder)
+        assert row["step"] == 2
+        assert row["eval_loss"] > 0
+    exported = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoint_2")
+    before = AutoModelForCausalLM.from_pretrained(model)
+    assert not list((folder / "exported").glob("*.optim.safetensors"))
+    ids = torch.arange(16)[None]
+    assert torch.equal(exported(ids).logits, trained(ids).logits)
+    assert not torch.allclose(exported(ids).logits, before(ids).logits)  # the update did something
+    assert sorted(p.name for p in (tmp_path / "ck").iterdir() if p.suffix != ".err") == ["as-test"]
+
+
+def test_as_test_with_epochs_and_without_evaluation(flags: Flags) -> None:
+    with as_test(flags(total_steps=None, nepochs=3), 1) as run:
+        run.succeed()
+    assert "all worked: one update, checkpoint in" in run.err(0)
+    assert "counting" not in run.err(0)
+
+
+def test_as_test_where_the_export_fails(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "ck" / "as-test").mkdir(parents=True)
+    (tmp_path / "ck" / "as-test" / "exported").write_text("a file in the way")
+    with as_test(flags()) as run:
+        for end in run.wait(60).values():
+            assert end.code == 1
+            assert "--as-test: exporting" in end.err
+            assert "all worked" not in end.err
+
+
+def test_as_test_at_two_sites(flags: Flags, tmp_path: Path) -> None:
+    sites = {rank: {"checkpoint_path": tmp_path / f"site{rank}"} for rank in range(2)}
+    with as_test(flags(), by_rank=sites) as run:
+        run.succeed()
+    assert "no export, since this site holds only some of the layers" in run.err(0)
