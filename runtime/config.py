@@ -84,12 +84,16 @@ class OptimizerFlags:
     )
     lr: float = _flag(0.01, "peak learning rate")
     total_steps: int = _flag(0, "accumulation steps of the whole run: updates × --gradient-accumulate-step")
-    warmup_steps: int = _flag(0, "updates over which the learning rate rises; then it falls linearly to 0")
+    warmup_steps: int = _flag(0, "updates over which the learning rate rises; then --scheduler says")
     weight_decay: float = _flag(0.01, "on all weights but norms and biases")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_eps: float = _flag(1e-6, "added to the root of the second moment")
     max_grad_norm: float = _flag(1.0, "longest global gradient; longer ones are scaled down; 0: no clipping")
+    scheduler: str = _flag(
+        "linear", "how the learning rate falls after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    min_lr: float = _flag(0.0, "learning rate that linear and cosine fall to at the end of the run")
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,11 @@ class Config(ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, Ch
     @property
     def updates(self) -> int:
         return self.total_steps // self.gradient_accumulate_step
+
+    @property
+    def lr_floor(self) -> float:
+        """--min-lr as a share of the peak."""
+        return self.min_lr / self.lr if self.lr else 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -306,7 +315,9 @@ def validate(config: Config) -> None:
         "gradient_accumulate_step", "pp_ahead",
     ):  # fmt: skip
         refuse(getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be at least 1")
-    for name in ("lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers"):
+    for name in (
+        "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
+    ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
     refuse(
         c.world_size != grid,
@@ -334,6 +345,8 @@ def validate(config: Config) -> None:
         f"--warmup-steps {c.warmup_steps} is more than the run's {c.updates} updates "
         "(--total-steps ÷ --gradient-accumulate-step)",
     )
+    refuse(c.min_lr > c.lr, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
+    refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")

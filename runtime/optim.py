@@ -13,16 +13,6 @@ from .config import Config
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def linear_schedule(update: int, updates: int, warmup: int) -> float:
-    """The share of the peak learning rate at `update` (from 0): up over `warmup` updates, then down to 0 at `updates`.
-
-    The formula of transformers' `get_linear_schedule_with_warmup`, counted in updates.
-    """
-    if update < warmup:
-        return update / warmup
-    return (updates - update) / max(1, updates - warmup)
-
-
 def clip_factor(norm: float, longest: float) -> float:
     """What to multiply gradients with so that their global norm is at most `longest` (0: no limit)."""
     return min(1.0, longest / (norm + 1e-6)) if longest > 0 else 1.0

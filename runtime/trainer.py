@@ -21,7 +21,8 @@ from .checkpoint import Progress
 from .config import Config
 from .feed import Feed
 from .metrics import Metrics
-from .optim import Optimizer, clip_factor, linear_schedule
+from .optim import Optimizer, clip_factor
+from .schedules import lr_share
 
 
 class Diverged(RuntimeError):
@@ -101,7 +102,7 @@ class Trainer:
                     "the weights are as after the update before. Try a lower --lr or a longer --warmup-steps, "
                     "and go on from the latest checkpoint"
                 )
-            lr = c.lr * linear_schedule(update, c.updates, c.warmup_steps)
+            lr = c.lr * lr_share(c.scheduler, update, c.updates, c.warmup_steps, c.lr_floor)
             updating = time.perf_counter()
             self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm))
             end = time.perf_counter()

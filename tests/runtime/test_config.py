@@ -66,6 +66,10 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
         ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be in [0, 1)"),
+        ("--scheduler step", "--scheduler"),
+        ("--lr 0.1 --min-lr 0.2", "--min-lr 0.2 is more than --lr 0.1"),
+        ("--min-lr -1", "--min-lr -1.0 must not be negative"),
+        ("--min-lr 1e-3 --scheduler constant", "--min-lr means nothing to --scheduler constant"),
     ],
 )
 def test_refusals_name_the_flag(extra: str, message: str) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from farspan.modules.shards import ShardStore
 from farspan.pipeline.stage import Stage
 from farspan.runtime.checkpoint import load_weights
 from farspan.runtime.config import Config
-from farspan.runtime.optim import Optimizer, clip_factor, linear_schedule
-from transformers import get_linear_schedule_with_warmup
+from farspan.runtime.optim import Optimizer, clip_factor
 
 CPU = torch.device("cpu")
 
@@ -22,18 +20,6 @@ def stage_of(model: Path, dtype: torch.dtype = torch.float32) -> tuple[Stage, Op
     optimizer = Optimizer(stage, Config(lr=1e-2, weight_decay=0.1))
     load_weights(store, optimizer)
     return stage, optimizer
-
-
-@pytest.mark.parametrize(("updates", "warmup"), [(10, 0), (10, 3), (1, 0), (5, 5)])
-def test_the_schedule_is_transformers_own(updates: int, warmup: int) -> None:
-    weight = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([weight], lr=2.0)
-    schedule = get_linear_schedule_with_warmup(sgd, warmup, updates)
-    for update in range(updates):
-        assert 2.0 * linear_schedule(update, updates, warmup) == pytest.approx(schedule.get_last_lr()[0])
-        sgd.step()
-        schedule.step()
-    assert linear_schedule(updates, updates, warmup) == 0.0
 
 
 def test_clipping_is_torchs_own() -> None:
