@@ -41,12 +41,22 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor."""
+    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor.
+
+    `skipped` of the updates did not touch the weights, since a gradient overflowed; `scaler` is the loss scale's state.
+    """
 
     step: int = 0
     updates: int = 0
     tokens: int = 0
     data: dict[str, Any] | None = None
+    skipped: int = 0
+    scaler: dict[str, Any] | None = None
+
+    @property
+    def applied(self) -> int:
+        """Updates of the weights so far; the learning rate and Adam's bias correction go by these."""
+        return self.updates - self.skipped
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -204,7 +214,7 @@ class Checkpoints:
                     raise CheckpointError(
                         f"{path}: {tensor.hf_name}.{key} is {list(value.shape)}, the model needs {list(want)}"
                     )
-            optimizer.load_state(index, state, progress.updates)
+            optimizer.load_state(index, state, progress.applied)
         return progress
 
 

@@ -35,6 +35,12 @@ class ModelFlags:
     num_heads: int = _flag(0, "checked against config.json [read from it]")
     load_pretrained_model: bool = _flag(True, "start from the model's weights; false: random ones from --seed")
     bf16: bool = _flag(False, "compute in bfloat16; weights, moments and gradient sums stay in fp32 beside it")
+    fp16: bool = _flag(False, "compute in float16 with a scaled loss; the rest as with --bf16")
+    loss_scale: float = _flag(0.0, "with --fp16: a fixed loss scale; 0: a dynamic one")
+    initial_loss_scale: float = _flag(32768.0, "dynamic loss scale at the start")
+    min_loss_scale: float = _flag(1.0, "lowest dynamic loss scale")
+    loss_scale_window: int = _flag(1000, "updates without an overflow after which the loss scale doubles")
+    hysteresis: int = _flag(2, "overflows since the last doubling from which on each halves the loss scale")
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class WatchFlags:
 
 
 GROUPS = (ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags)
-SWITCHES = {"bf16", "debug"}
+SWITCHES = {"bf16", "fp16", "debug"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (
@@ -144,16 +150,10 @@ INERT = (
 """Flags that launch scripts of this lineage pass and nothing ever read."""
 
 NOT_YET = {
-    "--fp16": "use --bf16 or neither",
     "--use-offload": "leave it out",
     "--evaluation-data": "leave it out",
     "--evaluation-steps": "leave it out",
     "--evaluation-num-batch": "leave it out",
-    "--loss-scale": "leave it out",
-    "--initial-loss-scale": "leave it out",
-    "--min-loss-scale": "leave it out",
-    "--loss-scale-window": "leave it out",
-    "--hysteresis": "leave it out",
 }
 """Flags with a meaning that farspan does not give them: going on without would train something else."""
 
@@ -312,11 +312,12 @@ def validate(config: Config) -> None:
     refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun or srun)")
     for name in (
         "pipeline_group_size", "data_group_size", "seq_length", "batch_size", "micro_batch_size",
-        "gradient_accumulate_step", "pp_ahead",
+        "gradient_accumulate_step", "pp_ahead", "loss_scale_window", "hysteresis",
     ):  # fmt: skip
         refuse(getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be at least 1")
     for name in (
         "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
+        "loss_scale",
     ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
     refuse(
@@ -344,6 +345,13 @@ def validate(config: Config) -> None:
         c.warmup_steps > c.updates,
         f"--warmup-steps {c.warmup_steps} is more than the run's {c.updates} updates "
         "(--total-steps ÷ --gradient-accumulate-step)",
+    )
+    refuse(c.fp16 and c.bf16, "--fp16 and --bf16 exclude each other: give one")
+    for name in ("initial_loss_scale", "min_loss_scale"):
+        refuse(not 0 < getattr(c, name) < float("inf"), f"--{_dash(name)} {getattr(c, name)} must be a positive number")
+    refuse(
+        c.initial_loss_scale < c.min_loss_scale,
+        f"--initial-loss-scale {c.initial_loss_scale} is below --min-loss-scale {c.min_loss_scale}",
     )
     refuse(c.min_lr > c.lr, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
     refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")

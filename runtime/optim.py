@@ -49,6 +49,11 @@ class Optimizer:
             eps=config.adam_eps,
             fused=True,
         )
+        for master in self.masters:  # from the start, so that a checkpoint before the first update is like any other
+            self._torch.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                **{name: torch.zeros_like(master) for name in MOMENTS},
+            }
 
     @property
     def tied_gradient(self) -> Tensor | None:
@@ -75,7 +80,7 @@ class Optimizer:
     def state(self, index: int) -> dict[str, Tensor]:
         """What a checkpoint must hold of `tensors[index]` besides its weight."""
         master = self.masters[index]
-        state = {name: self._torch.state[master][name] for name in MOMENTS if master in self._torch.state}
+        state = {name: self._torch.state[master][name] for name in MOMENTS}
         return {**state, "master": master.detach()} if self._mixed else state
 
     def load_state(self, index: int, state: dict[str, Tensor], updates: int) -> None:

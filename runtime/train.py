@@ -32,6 +32,7 @@ from .config import Config, ConfigError
 from .feed import Feed
 from .metrics import Metrics
 from .optim import Optimizer
+from .precision import LossScaler, compute_dtype
 from .prepare import (
     check_model,
     describe,
@@ -147,7 +148,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     )  # fmt: skip
 
     mixture = open_mixture(config, spec) if config.rank == 0 else None
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = compute_dtype(config)
     stage = Stage(spec, units, dtype=dtype, device=device)
     optimizer = Optimizer(stage, config)
     checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout)
@@ -186,6 +187,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
         metrics=metrics,
         borrowed=tied if not stage.is_first else None,
         record=record,
+        scaler=LossScaler.of(config, progress.scaler),
     )
     if config.rank == 0:
         log.info("training starts %.1f s after the process", time.time() - born)

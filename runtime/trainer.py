@@ -22,6 +22,7 @@ from .config import Config
 from .feed import Feed
 from .metrics import Metrics
 from .optim import Optimizer, clip_factor
+from .precision import LossScaler
 from .schedules import lr_share
 
 
@@ -44,19 +45,21 @@ class Vote:
     def __init__(self, world: Group | None, lane: Lane, timeout_s: float) -> None:
         self._world, self._lane, self._timeout_s = world, lane, timeout_s
 
-    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool) -> Verdict:
-        """Raises `Mismatch` if the ranks are not at the same step."""
-        votes = torch.tensor([square_sum, loss_sum, float(stop), float(step), 1.0], dtype=torch.float64)
+    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool, scale: float = 1.0) -> Verdict:
+        """Raises `Mismatch` if the ranks are not at the same step, or have not the same loss scale."""
+        votes = torch.tensor([square_sum, loss_sum, float(stop), float(step), scale, 1.0], dtype=torch.float64)
         if self._world is not None:
             world = self._world
             self._lane.submit(
                 lambda: world.all_reduce(votes, timeout_s=self._timeout_s, operation=f"voting on step {step}"),
                 label="vote",
             ).get()
-        squares, loss, stops, steps, ranks = votes.tolist()
+        squares, loss, stops, steps, scales, ranks = votes.tolist()
         if steps != step * ranks:
             raise Mismatch(f"ranks are at different steps: this one at {step}, the mean is {steps / ranks}")
-        return Verdict(math.sqrt(squares), loss, stops > 0)
+        if not math.isclose(scales, scale * ranks):
+            raise Mismatch(f"ranks have different loss scales: this one {scale}, the mean is {scales / ranks}")
+        return Verdict(math.sqrt(squares) / scale, loss, stops > 0)
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Trainer:
     metrics: Metrics | None = None
     borrowed: Tensor | None = None
     record: Recorder | None = None
+    scaler: LossScaler | None = None
 
     def run(self, progress: Progress) -> tuple[Progress, bool]:
         """Train from `progress` on. Returns where the run stands at its end, and whether it was stopped before its last
@@ -90,21 +94,26 @@ class Trainer:
             start = time.perf_counter()
             batches, cursor = self.feed.next_update()
             self.optimizer.gradients.zero()
+            scale = self.scaler.scale if self.scaler is not None else 1.0
             loss_sum = 0.0
             for number, batch in enumerate(batches, update * c.gradient_accumulate_step):
                 seed = (c.seed * 1_000_003 + number) * self.topology.replicas + self.place.replica
-                loss_sum += float(self.executor.step(batch, seed))
+                loss_sum += float(self.executor.step(batch, seed, scale))
             self.lane.submit(self.replicas.reduce, label="reduce").get()
-            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping())
-            if not math.isfinite(verdict.norm) or not math.isfinite(verdict.loss_sum):
+            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), scale)
+            finite = math.isfinite(verdict.norm) and math.isfinite(verdict.loss_sum)
+            if self.scaler is not None:
+                self.scaler.update(finite)
+            if not finite and (self.scaler is None or self.scaler.hopeless):
                 raise Diverged(
                     f"update {update + 1}: the gradient norm is {verdict.norm} and the summed loss {verdict.loss_sum}; "
                     "the weights are as after the update before. Try a lower --lr or a longer --warmup-steps, "
                     "and go on from the latest checkpoint"
                 )
-            lr = c.lr * lr_share(c.scheduler, update, c.updates, c.warmup_steps, c.lr_floor)
+            lr = c.lr * lr_share(c.scheduler, progress.applied, c.updates, c.warmup_steps, c.lr_floor)
             updating = time.perf_counter()
-            self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm))
+            if finite:
+                self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm) / scale)
             end = time.perf_counter()
             if self.record is not None:
                 self.record("optimizer", "update", updating, end)
@@ -113,9 +122,13 @@ class Trainer:
                 updates=update + 1,
                 tokens=progress.tokens + per_update,
                 data=cursor,
+                skipped=progress.skipped + (not finite),
+                scaler=self.scaler.state() if self.scaler is not None else None,
             )
             if self.metrics is not None:
-                self.metrics.write(_row(progress, verdict, batches[0].valid, lr, per_update, end - start))
+                row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
+                scaling = {"loss_scale": scale, "skipped": progress.skipped} if self.scaler is not None else {}
+                self.metrics.write({**row, **scaling})
             finished = update + 1 == c.updates
             if finished or verdict.stop or self._due(progress.step):
                 self.save(progress)
