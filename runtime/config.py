@@ -86,7 +86,9 @@ class OptimizerFlags:
     """optimizer"""
 
     optimizer: str = _flag(
-        "adamw", "adamw decays weights apart from the gradient; adam adds the decay to it", choices=("adamw", "adam")
+        "adamw",
+        "adamw decays weights apart from the gradient; adam adds the decay to it; 8bit-adam: adamw, 8-bit moments",
+        choices=("adamw", "adam", "8bit-adam"),
     )
     lr: float = _flag(0.01, "peak learning rate")
     total_steps: int = _flag(0, "accumulation steps of the whole run: updates × --gradient-accumulate-step")
@@ -99,6 +101,7 @@ class OptimizerFlags:
     scheduler: str = _flag(
         "linear", "how the learning rate falls after the warm-up", choices=("linear", "cosine", "constant")
     )
+    use_offload: bool = _flag(False, "keep fp32 weights and moments in host memory, and update them there")
     min_lr: float = _flag(0.0, "learning rate that linear and cosine fall to at the end of the run")
 
 
@@ -108,7 +111,12 @@ class ScheduleFlags:
 
     pp_mode: str = _flag("gpipe", "pipeline schedule", choices=("gpipe", "1f1b"))
     pp_ahead: int = _flag(1, "1f1b: forwards in flight for each hop to the last stage; more hide a slow link")
-    dp_mode: str = _flag("allreduce", "how replicas sum their gradients", choices=("allreduce",))
+    dp_mode: str = _flag(
+        "allreduce",
+        "how replicas sum their gradients; zero1: each keeps moments and fp32 weights of its share alone",
+        choices=("allreduce", "zero1"),
+    )
+    bucket_mb: float = _flag(32.0, "MB of gradients that replicas sum at once, while others are being computed")
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class WatchFlags:
 
 
 GROUPS = (ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags)
-SWITCHES = {"bf16", "fp16", "debug"}
+SWITCHES = {"bf16", "fp16", "use_offload", "debug"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (
@@ -150,7 +158,6 @@ INERT = (
 """Flags that launch scripts of this lineage pass and nothing ever read."""
 
 NOT_YET = {
-    "--use-offload": "leave it out",
     "--evaluation-data": "leave it out",
     "--evaluation-steps": "leave it out",
     "--evaluation-num-batch": "leave it out",
@@ -352,6 +359,12 @@ def validate(config: Config) -> None:
     refuse(
         c.initial_loss_scale < c.min_loss_scale,
         f"--initial-loss-scale {c.initial_loss_scale} is below --min-loss-scale {c.min_loss_scale}",
+    )
+    refuse(not c.bucket_mb > 0, f"--bucket-mb {c.bucket_mb} must be more than 0")
+    refuse(
+        c.optimizer == "8bit-adam" and c.dp_mode == "zero1",
+        "--optimizer 8bit-adam has one scale for 256 elements, which the shards of --dp-mode zero1 would cut: "
+        "use adamw, or --dp-mode allreduce",
     )
     refuse(c.min_lr > c.lr, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
     refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")

@@ -13,6 +13,7 @@ from types import FrameType
 
 import psutil
 import torch
+from torch import Tensor
 
 from ..comm.errors import WireError
 from ..comm.interfaces import interface, interface_towards
@@ -27,7 +28,7 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Timeline
-from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of
+from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
 from .feed import Feed
 from .metrics import Metrics
@@ -150,7 +151,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     mixture = open_mixture(config, spec) if config.rank == 0 else None
     dtype = compute_dtype(config)
     stage = Stage(spec, units, dtype=dtype, device=device)
-    optimizer = Optimizer(stage, config)
+    optimizer = Optimizer(stage, config, place.replica)
     checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout)
     progress = fill(config, spec, store, stage, optimizer, checkpoints)
     if mixture is not None and progress.data is not None:
@@ -169,6 +170,13 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     meeting.exchange("loaded", "", config.wire_timeout)
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
     tied = optimizer.tied_gradient
+    replicas = Replicas(
+        optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout, sharded=optimizer.sharded
+    )
+
+    def complete(index: int, x: Tensor) -> None:
+        wires.collectives.submit(lambda: replicas.complete(index, x)).get()
+
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
     feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
     tokenizer = Path(config.tokenizer_name or config.model_name)
@@ -178,11 +186,13 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
         place,
         Executor(stage, lower(plan)[place.stage], wires.edges, config.micro_batch_size, config.seq_length, record),
         optimizer,
-        Replicas(optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout),
+        replicas,
         Vote(wires.world, wires.collectives, config.wire_timeout),
         wires.collectives,
         feed,
-        save=lambda p: _save(p, checkpoints, spec, optimizer, dtype, tokenizer, config.rank),
+        save=lambda p: _save(
+            p, checkpoints, spec, optimizer, dtype, tokenizer, config.rank, complete if optimizer.sharded else None
+        ),
         stopping=lambda: signals.asked,
         metrics=metrics,
         borrowed=tied if not stage.is_first else None,
@@ -212,8 +222,9 @@ def _save(
     dtype: torch.dtype,
     tokenizer: Path,
     rank: int,
+    complete: Complete | None,
 ) -> None:
-    folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer)
+    folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer, complete)
     if rank == 0:
         log.info("saved %s", folder)
 

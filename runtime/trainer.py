@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ class Trainer:
             loss_sum = 0.0
             for number, batch in enumerate(batches, update * c.gradient_accumulate_step):
                 seed = (c.seed * 1_000_003 + number) * self.topology.replicas + self.place.replica
+                if number + 1 == (update + 1) * c.gradient_accumulate_step:
+                    self.replicas.overlap(self.lane)
                 loss_sum += float(self.executor.step(batch, seed, scale))
             self.lane.submit(self.replicas.reduce, label="reduce").get()
             verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), scale)
@@ -113,7 +116,10 @@ class Trainer:
             lr = c.lr * lr_share(c.scheduler, progress.applied, c.updates, c.warmup_steps, c.lr_floor)
             updating = time.perf_counter()
             if finite:
-                self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm) / scale)
+                weights = self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm) / scale)
+                if weights is not None:
+                    self.lane.submit(partial(self.replicas.gather, weights), label="weights").get()
+                    self.optimizer.take(weights)
             end = time.perf_counter()
             if self.record is not None:
                 self.record("optimizer", "update", updating, end)
@@ -138,9 +144,9 @@ class Trainer:
 
     def _own_squares(self) -> float:
         """This rank's part of the global norm: every parameter of the model is counted by exactly one rank."""
-        if self.place.replica != 0:
+        if self.place.replica != 0 and not self.optimizer.sharded:
             return 0.0
-        return self.optimizer.gradients.square_sum(skip=self.borrowed)
+        return self.optimizer.square_sum(skip=self.borrowed)
 
     def _due(self, step: int) -> bool:
         """Whether a multiple of --checkpoint-steps was reached within the last update."""

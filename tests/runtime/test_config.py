@@ -48,7 +48,8 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--learning-rate 1", "unknown flag --learning-rate"),
         ("--check", "unknown flag --check"),  # no abbreviations either
         ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
-        ("--use-offload", "--use-offload is not supported"),
+        ("--bucket-mb 0", "--bucket-mb 0.0 must be more than 0"),
+        ("--optimizer 8bit-adam --dp-mode zero1", "--optimizer 8bit-adam has one scale for 256 elements"),
         ("--lr fast", "--lr"),
         ("--pp-mode zigzag", "--pp-mode"),
         ("--load-checkpoint maybe", "true or false"),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from farspan.pipeline.replicas import Replicas
+from farspan.pipeline.gradients import Gradients
 
 
-def inf_gradient(reductions: int) -> None:
-    """After `reductions` sums over replicas, put an inf into this rank's own gradients before the next one."""
-    real, seen = Replicas.reduce, []
+def inf_gradient(updates: int) -> None:
+    """After `updates` updates, one gradient of this rank is inf for one update."""
+    real, seen = Gradients.zero, []
 
-    def reduce(self: Replicas) -> None:
-        if len(seen) == reductions:
-            self._gradients.flat[5] = float("inf")
-        seen.append(None)
+    def zero(self: Gradients) -> None:
         real(self)
+        if len(seen) == updates:
+            self.flat[5] = float("inf")
+        seen.append(None)
 
-    Replicas.reduce = reduce  # type: ignore[method-assign]
+    Gradients.zero = zero  # type: ignore[method-assign]
