@@ -134,9 +134,12 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_an_inf_in_one_stage_of_one_replica_skips_the_update_everywhere(flags: Flags, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["allreduce", "zero1"])
+def test_an_inf_in_one_stage_of_one_replica_skips_the_update_everywhere(
+    flags: Flags, tmp_path: Path, mode: str
+) -> None:
     """Whichever rank it hits, the run is the same bit for bit: nobody updated, and nobody's scale differs."""
-    told = flags(fp16=True, checkpoint_steps=1, hysteresis=1, total_steps=5)
+    told = flags(fp16=True, checkpoint_steps=1, hysteresis=1, total_steps=5, dp_mode=mode)
     runs = []
     for rank in (1, 2):  # the last stage of replica 0, the first stage of replica 1
         folder = tmp_path / str(rank)
