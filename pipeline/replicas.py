@@ -70,7 +70,7 @@ class Replicas:
             bucket = weights[start:stop]
             host = bucket.cpu()
             self._peers.all_gather(host, timeout_s=self._timeout_s, operation="spreading weights over replicas")
-            if host.data_ptr() != bucket.data_ptr():
+            if host is not bucket:
                 bucket.copy_(host)
 
     def complete(self, index: int, x: Tensor) -> None:
@@ -101,7 +101,7 @@ class Replicas:
         if self._sharded:
             host = x.cpu()
             self._peers.reduce_scatter(host, timeout_s=self._timeout_s, operation="summing gradients over replicas")
-            if host.data_ptr() != x.data_ptr():
+            if host is not x:
                 x.copy_(host)
         else:
             _all_reduce(self._peers, x, self._timeout_s, "summing gradients over replicas")
@@ -110,5 +110,5 @@ class Replicas:
 def _all_reduce(group: Group, x: Tensor, timeout_s: float, operation: str) -> None:
     host = x.cpu()  # the very tensor where it is in host memory already
     group.all_reduce(host, timeout_s=timeout_s, operation=operation)
-    if host.data_ptr() != x.data_ptr():
+    if host is not x:
         x.copy_(host)

@@ -152,6 +152,23 @@ def test_a_state_goes_on_where_it_was(wide: Path, kind: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_a_run_may_change_its_precision(model: Path, before: torch.dtype, after: torch.dtype, offload: bool) -> None:
+    """The fp32 weights come along, whether a checkpoint has them apart or as the weights themselves."""
+    _, old = stage_of(model, before)
+    steps([old], 3)
+    _, new = stage_of(model, after, use_offload=offload)
+    for i, tensor in enumerate(old.tensors):
+        new.set_weight(i, tensor.parameter.detach())
+        new.load_state(i, old.state(i), 3)
+    for trained, master, tensor in zip(masters(old), masters(new), new.tensors, strict=True):
+        assert torch.equal(trained, master)
+        assert torch.equal(tensor.parameter, trained.to(after))
+    for piece in new.pieces:
+        assert torch.equal(piece.master.to(after), piece.weight)
+
+
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_shards_give_the_same_bits_from_a_part_of_the_memory(
