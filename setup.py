@@ -17,6 +17,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.20"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "wandb>=0.20"],
+        "8bit": ["bitsandbytes>=0.45"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "wandb>=0.20", "bitsandbytes>=0.45"],
     },
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +64,22 @@ class GlooGroup:
         limit = timedelta(seconds=timeout_s)
         self._run(lambda: self._pg.allreduce(x, timeout=limit), self._other, timeout_s, operation)
 
+    def reduce_scatter(self, x: Tensor, *, timeout_s: float, operation: str = "reduce-scatter") -> None:
+        # Gloo's own is an all-reduce that throws most of its result away.
+        places = x.view(self.size, -1)
+        arriving = torch.empty_like(places)
+        self._exchange(places, arriving, timeout_s, operation)
+        own = self.members.index(self.rank)
+        arriving[own] = places[own]
+        places[own] = arriving[0]
+        for other in arriving[1:]:
+            places[own] += other
+
+    def all_gather(self, x: Tensor, *, timeout_s: float, operation: str = "all-gather") -> None:
+        places = x.view(self.size, -1)
+        own = places[self.members.index(self.rank)]
+        self._exchange([own] * self.size, places, timeout_s, operation)
+
     def broadcast(self, x: Tensor, source: int, *, timeout_s: float, operation: str = "broadcast") -> None:
         root, limit = self.members.index(source), timedelta(seconds=timeout_s)
         self._run(lambda: self._pg.broadcast(x, root, timeout=limit), self._other, timeout_s, operation)
@@ -71,6 +87,22 @@ class GlooGroup:
     def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None:
         # An all-reduce of one number, since Gloo's own barrier leaves no way to name a deadline per call.
         self.all_reduce(torch.zeros(1), timeout_s=timeout_s, operation=operation)
+
+    def _exchange(
+        self, outgoing: Sequence[Tensor] | Tensor, arriving: Tensor, timeout_s: float, operation: str
+    ) -> None:
+        """Send `outgoing[m]` to member m and receive `arriving[m]` from it, with all others at once."""
+        others = [m for m, member in enumerate(self.members) if member != self.rank]
+        deadline, works = time.monotonic() + timeout_s, []
+        for m in others:
+            with self._errors(f"{operation} in group {self.name}", self.members[m]):
+                works.append((m, self._pg.recv([arriving[m]], m, 0)))
+        for m in others:
+            with self._errors(f"{operation} in group {self.name}", self.members[m]):
+                works.append((m, self._pg.send([outgoing[m]], m, 0)))
+        for m, work in works:
+            with self._errors(f"{operation} in group {self.name}", self.members[m]):
+                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
 
     def close(self) -> None:
         # A group that is alive when the interpreter ends sometimes aborts the process.

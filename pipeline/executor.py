@@ -54,18 +54,18 @@ class Executor:
         self._micro_batches = sum(action.op is Op.FORWARD for action in row)
         self._sending: list[Ticket] = []
 
-    def step(self, batch: Batch, seed: int = 0) -> Tensor:
+    def step(self, batch: Batch, seed: int = 0, scale: float = 1.0) -> Tensor:
         """One accumulation step; gradients are added to what is there. Returns Σ cross-entropy [] in float64 (0 unless
-        this is a last stage). `seed` names the step and the replica, for dropout.
+        this is a last stage). `seed` names the step and the replica, for dropout. `scale` multiplies all gradients.
 
         The loop only ever waits for a message that it is about to use: sends leave by their own lanes, and receives
         were posted at the start.
         """
         self._stage.train(self._trains)
         with torch.set_grad_enabled(self._trains):
-            return self._walk(batch, seed)
+            return self._walk(batch, seed, scale)
 
-    def _walk(self, batch: Batch, seed: int) -> Tensor:
+    def _walk(self, batch: Batch, seed: int, scale: float) -> Tensor:
         stage, edges = self._stage, self._edges
         for ticket in self._sending:  # of the step before
             ticket.get()
@@ -90,7 +90,7 @@ class Executor:
                     if stage.is_last:
                         loss = cross_entropy_sum(y, self._rows(batch.labels, mb))
                         loss_sum += loss.detach().double().cpu()
-                        y = loss / batch.valid
+                        y = loss / batch.valid * scale
                     if self._trains or not stage.is_last:
                         live[mb] = x, y
                     self._span("forward", str(action), start)

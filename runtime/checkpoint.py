@@ -17,18 +17,20 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
-from .optim import MOMENTS, Optimizer
+from .optim import Optimizer
 from .retention import ALL, checkpoint_steps, doomed, prune, remove, sweep
 
 MANIFEST = "manifest.json"
@@ -37,14 +39,21 @@ FORMAT = 1
 log = logging.getLogger("farspan")
 
 
+Complete = Callable[[int, Tensor], object]
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or must not be loaded."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor; the best evaluation
-    (loss, step) and how many have come since that did not improve on it; with --nepochs, the sequences of one epoch."""
+    """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor.
+
+    The best evaluation (loss, step) and how many have come since that did not improve on it; with --nepochs, the
+    sequences of one epoch. `skipped` of the updates did not touch the weights, since a gradient overflowed; `scaler` is
+    the loss scale's state.
+    """
 
     step: int = 0
     updates: int = 0
@@ -54,6 +63,13 @@ class Progress:
     best_step: int | None = None
     waited: int = 0
     epoch_sequences: int | None = None
+    skipped: int = 0
+    scaler: dict[str, Any] | None = None
+
+    @property
+    def applied(self) -> int:
+        """Updates of the weights so far; the learning rate and Adam's bias correction go by these."""
+        return self.updates - self.skipped
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -162,16 +178,24 @@ class Checkpoints:
         return steps, faults
 
     def save(
-        self, progress: Progress, spec: ModelSpec, optimizer: Optimizer, dtype: torch.dtype, tokenizer: Path
+        self,
+        progress: Progress,
+        spec: ModelSpec,
+        optimizer: Optimizer,
+        dtype: torch.dtype,
+        tokenizer: Path,
+        complete: Complete | None = None,
     ) -> Path:
-        """Write one checkpoint, all ranks together: files, then a manifest, then a rename, then `latest`."""
+        """Write one checkpoint, all ranks together: files, then a manifest, then a rename, then `latest`.
+
+        `complete` fills in the other replicas' shards of a tensor's state, where the optimizer has but one."""
         meeting, name = self._meeting, f"checkpoint_{progress.step}"
         final, temporary = self.root / name, self.root / f".{name}.tmp"
         if self.leads:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         meeting.exchange(f"{name} opened", "", self._timeout_s)
-        files = _write_units(temporary, spec, optimizer) if self.writes else []
+        files = _write_units(temporary, spec, optimizer, complete, self.writes) if self.writes or complete else []
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
         mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(optimizer)}
         answers = meeting.exchange(f"{name} written", mine, self._timeout_s)
@@ -230,50 +254,57 @@ class Checkpoints:
             path = folder / _optim_file(spec, tensor.owner)
             with safe_open(path, "pt") as file:
                 have = set(file.keys())
-                wanted = [f"{tensor.hf_name}.{moment}" for moment in MOMENTS]
-                if not have.issuperset(wanted):
-                    raise CheckpointError(f"{path} has no {wanted[0]}")
+                shapes = optimizer.state_shapes(index)
+                missing = [f"{tensor.hf_name}.{name}" for name in shapes if name != "master"]
+                if not have.issuperset(missing):
+                    raise CheckpointError(
+                        f"{path} has no {missing[0]}: it was written with another --optimizer, which a run cannot "
+                        "change halfway"
+                    )
                 state = {
                     key.rpartition(".")[2]: file.get_tensor(key)
                     for key in have
                     if key.rpartition(".")[0] == tensor.hf_name
                 }
-            want = tensor.parameter.shape
             for key, value in state.items():
+                want = shapes.get(key, tensor.parameter.shape)
                 if value.shape != want:
                     raise CheckpointError(
                         f"{path}: {tensor.hf_name}.{key} is {list(value.shape)}, the model needs {list(want)}"
                     )
-            optimizer.load_state(index, state, progress.updates)
+            optimizer.load_state(index, state, progress.applied)
         return progress
 
 
-@torch.no_grad()
 def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
     """Copy a stage's weights from `store`, which checks names and shapes."""
     unit, tensors = -1, {}
-    for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
+    for index, tensor in enumerate(optimizer.tensors):
         if tensor.unit != unit:
             unit, tensors = tensor.unit, store.read_unit(tensor.unit)
-        master.copy_(tensors[tensor.name])
-    optimizer.refresh()
+        optimizer.set_weight(index, tensors[tensor.name])
 
 
 def _optim_file(spec: ModelSpec, unit: int) -> str:
     return unit_file(spec, unit).replace(".safetensors", ".optim.safetensors")
 
 
-def _write_units(folder: Path, spec: ModelSpec, optimizer: Optimizer) -> list[str]:
-    written = []
+def _write_units(
+    folder: Path, spec: ModelSpec, optimizer: Optimizer, complete: Complete | None, writes: bool
+) -> list[str]:
+    """Write the stage's units, one in memory at a time; without `writes`, only take part in completing its shards."""
+    written: list[str] = []
     for unit in dict.fromkeys(t.unit for t in optimizer.tensors):
         own = [(i, t) for i, t in enumerate(optimizer.tensors) if t.unit == unit]
+        states = {}
+        for i, t in own:
+            for name, value in optimizer.state(i).items() if t.owner == unit else ():
+                if complete is not None:
+                    complete(i, value)
+                states[f"{t.hf_name}.{name}"] = value
+        if not writes:
+            continue
         write_unit(folder, spec, unit, {t.name: t.parameter for _, t in own})
-        states = {
-            f"{t.hf_name}.{name}": value
-            for i, t in own
-            if t.owner == unit
-            for name, value in optimizer.state(i).items()
-        }
         save_tensors(folder / _optim_file(spec, unit), states)
         written += [unit_file(spec, unit), _optim_file(spec, unit)]
     return written
@@ -281,9 +312,12 @@ def _write_units(folder: Path, spec: ModelSpec, optimizer: Optimizer) -> list[st
 
 def _tied_checksum(optimizer: Optimizer) -> int | None:
     """Of this stage's copy of a tied embedding. All copies must be the same bits: only the first stage's is saved."""
-    for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
+    for index, tensor in enumerate(optimizer.tensors):
         if tensor.shared:
-            return zlib.crc32(master.detach().cpu().contiguous().numpy().data)
+            # Shards of the fp32 weights are cut in different places on the two stages: then the rounded ones must do.
+            state = {} if optimizer.sharded else optimizer.state(index)
+            weight = state.get("master", tensor.parameter.detach())
+            return zlib.crc32(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     return None
 
 

@@ -35,6 +35,12 @@ class ModelFlags:
     num_heads: int = _flag(0, "checked against config.json [read from it]")
     load_pretrained_model: bool = _flag(True, "start from the model's weights; false: random ones from --seed")
     bf16: bool = _flag(False, "compute in bfloat16; weights, moments and gradient sums stay in fp32 beside it")
+    fp16: bool = _flag(False, "compute in float16 with a scaled loss; the rest as with --bf16")
+    loss_scale: float = _flag(0.0, "with --fp16: a fixed loss scale; 0: a dynamic one")
+    initial_loss_scale: float = _flag(32768.0, "dynamic loss scale at the start")
+    min_loss_scale: float = _flag(1.0, "lowest dynamic loss scale")
+    loss_scale_window: int = _flag(1000, "updates without an overflow after which the loss scale doubles")
+    hysteresis: int = _flag(2, "overflows since the last doubling from which on each halves the loss scale")
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,13 @@ class OptimizerFlags:
     """optimizer"""
 
     optimizer: str = _flag(
-        "adamw", "adamw decays weights apart from the gradient; adam adds the decay to it", choices=("adamw", "adam")
+        "adamw",
+        "adamw decays weights apart from the gradient; adam adds the decay to it; 8bit-adam: adamw, 8-bit moments",
+        choices=("adamw", "adam", "8bit-adam"),
     )
     lr: float = _flag(0.01, "peak learning rate")
     total_steps: int = _flag(0, "accumulation steps of the whole run: updates × --gradient-accumulate-step")
-    warmup_steps: int = _flag(0, "updates over which the learning rate rises; then it falls linearly to 0")
+    warmup_steps: int = _flag(0, "updates over which the learning rate rises; then --scheduler says")
     weight_decay: float = _flag(0.01, "on all weights but norms and biases")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
@@ -95,6 +103,11 @@ class OptimizerFlags:
     as_test: bool = _flag(
         False, "one update, evaluation, checkpoint and export in --checkpoint-path/as-test, and stop: does all work?"
     )
+    scheduler: str = _flag(
+        "linear", "how the learning rate falls after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    use_offload: bool = _flag(False, "keep fp32 weights and moments in host memory, and update them there")
+    min_lr: float = _flag(0.0, "learning rate that linear and cosine fall to at the end of the run")
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,12 @@ class ScheduleFlags:
 
     pp_mode: str = _flag("gpipe", "pipeline schedule", choices=("gpipe", "1f1b"))
     pp_ahead: int = _flag(1, "1f1b: forwards in flight for each hop to the last stage; more hide a slow link")
-    dp_mode: str = _flag("allreduce", "how replicas sum their gradients", choices=("allreduce",))
+    dp_mode: str = _flag(
+        "allreduce",
+        "how replicas sum their gradients; zero1: each keeps moments and fp32 weights of its share alone",
+        choices=("allreduce", "zero1"),
+    )
+    bucket_mb: float = _flag(32.0, "MB of gradients that replicas sum at once, while others are being computed")
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ class EvaluationFlags:
 GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
-SWITCHES = {"bf16", "debug", "as_test"}
+SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (
@@ -161,17 +179,6 @@ INERT = (
     "--vocab-file", "--vocab-extra-ids", "--make-vocab-size-divisible-by", "--trace-postfix",
 )  # fmt: skip
 """Flags that launch scripts of this lineage pass and nothing ever read."""
-
-NOT_YET = {
-    "--fp16": "use --bf16 or neither",
-    "--use-offload": "leave it out",
-    "--loss-scale": "leave it out",
-    "--initial-loss-scale": "leave it out",
-    "--min-loss-scale": "leave it out",
-    "--loss-scale-window": "leave it out",
-    "--hysteresis": "leave it out",
-}
-"""Flags with a meaning that farspan does not give them: going on without would train something else."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,11 @@ class Config(
     @property
     def updates(self) -> int:
         return self.total_steps // self.gradient_accumulate_step
+
+    @property
+    def lr_floor(self) -> float:
+        """--min-lr as a share of the peak."""
+        return self.min_lr / self.lr if self.lr else 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -256,8 +268,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
     while position < len(rest):
         name = rest[position].split("=")[0]
         has_value = "=" not in rest[position] and position + 1 < len(rest) and not rest[position + 1].startswith("--")
-        if name in NOT_YET:
-            raise ConfigError(f"{name} is not supported: {NOT_YET[name]}")
         if name not in INERT:
             raise ConfigError(f"unknown flag {rest[position]}; dist_train.py --help lists all of them")
         notices.append(f"{name} has no effect and is ignored")
@@ -325,10 +335,13 @@ def validate(config: Config) -> None:
     refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun or srun)")
     for name in (
         "pipeline_group_size", "data_group_size", "seq_length", "batch_size", "micro_batch_size",
-        "gradient_accumulate_step", "pp_ahead",
+        "gradient_accumulate_step", "pp_ahead", "loss_scale_window", "hysteresis",
     ):  # fmt: skip
         refuse(getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be at least 1")
-    for name in ("lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers"):
+    for name in (
+        "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
+        "loss_scale",
+    ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
     refuse(
         c.world_size != grid,
@@ -358,6 +371,21 @@ def validate(config: Config) -> None:
     )
     if not c.nepochs:
         validate_length(c)
+    refuse(c.fp16 and c.bf16, "--fp16 and --bf16 exclude each other: give one")
+    for name in ("initial_loss_scale", "min_loss_scale"):
+        refuse(not 0 < getattr(c, name) < float("inf"), f"--{_dash(name)} {getattr(c, name)} must be a positive number")
+    refuse(
+        c.initial_loss_scale < c.min_loss_scale,
+        f"--initial-loss-scale {c.initial_loss_scale} is below --min-loss-scale {c.min_loss_scale}",
+    )
+    refuse(not c.bucket_mb > 0, f"--bucket-mb {c.bucket_mb} must be more than 0")
+    refuse(
+        c.optimizer == "8bit-adam" and c.dp_mode == "zero1",
+        "--optimizer 8bit-adam has one scale for 256 elements, which the shards of --dp-mode zero1 would cut: "
+        "use adamw, or --dp-mode allreduce",
+    )
+    refuse(c.min_lr > c.lr, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
+    refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from .config import Config, ConfigError
 class Metrics:
     """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`, and `eval_loss, eval_perplexity`
     where one followed it.
+
+    With --fp16 also `loss_scale` (that of this update) and `skipped` (updates so far that overflowed and left the
+    weights alone; their `grad_norm` is null, since JSON has no word for infinity).
 
     `step` counts accumulation steps, `tokens` all tokens since the run's first step. Rows past `start_step`, left by a
     run that went on after its last checkpoint, are dropped first.
@@ -40,7 +44,8 @@ class Metrics:
         self.last_loss: float | None = json.loads(kept[-1])["loss"] if kept else None
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         if self.first_loss is None:
             self.first_loss = row["loss"]

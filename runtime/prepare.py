@@ -193,7 +193,5 @@ def fill(
     else:
         for unit, layer in zip(stage.units, stage.layers, strict=True):
             init_unit(layer, spec, unit, config.seed)
-        for master, tensor in zip(optimizer.masters, optimizer.tensors, strict=True):
-            with torch.no_grad():
-                master.copy_(tensor.parameter)
+        optimizer.adopt()
     return Progress()

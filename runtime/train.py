@@ -13,6 +13,7 @@ from types import FrameType
 
 import psutil
 import torch
+from torch import Tensor
 
 from ..comm.errors import InterfaceError, WireError
 from ..comm.interfaces import Interface, interface, interface_towards
@@ -28,13 +29,14 @@ from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Timeline
 from .astest import export, shortened
-from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of
+from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
 from .feed import Feed
 from .metrics import Metrics
 from .milestones import enough, perplexity
 from .optim import Optimizer
+from .precision import LossScaler, compute_dtype
 from .prepare import (
     check_model,
     describe,
@@ -186,9 +188,9 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
 
     encode = open_tokenizer(config, spec) if config.rank == 0 else None
     mixture = open_mixture(config, encode) if encode is not None else None
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = compute_dtype(config)
     stage = Stage(spec, units, dtype=dtype, device=device)
-    optimizer = Optimizer(stage, config)
+    optimizer = Optimizer(stage, config, place.replica)
     checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout, config.keep_checkpoints)
     progress = fill(config, spec, store, stage, optimizer, checkpoints)
     if mixture is not None and progress.data is not None:
@@ -213,6 +215,13 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     evaluated = meeting.exchange("loaded", held_out and held_out.size, config.wire_timeout)[0]
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
     tied = optimizer.tied_gradient
+    replicas = Replicas(
+        optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout, sharded=optimizer.sharded
+    )
+
+    def complete(index: int, x: Tensor) -> None:
+        wires.collectives.submit(lambda: replicas.complete(index, x)).get()
+
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
     feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
     tokenizer = Path(config.tokenizer_name or config.model_name)
@@ -228,16 +237,19 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         place,
         Executor(stage, lower(plan)[place.stage], wires.edges, config.micro_batch_size, config.seq_length, record),
         optimizer,
-        Replicas(optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout),
+        replicas,
         vote,
         wires.collectives,
         feed,
-        save=lambda p: _save(p, checkpoints, spec, optimizer, dtype, tokenizer, config.rank),
+        save=lambda p: _save(
+            p, checkpoints, spec, optimizer, dtype, tokenizer, config.rank, complete if optimizer.sharded else None
+        ),
         stopping=lambda: signals.asked,
         metrics=metrics,
         borrowed=tied if not stage.is_first else None,
         record=record,
         evaluate=evaluation.loss if evaluation is not None else None,
+        scaler=LossScaler.of(config, progress.scaler),
     )
     if config.rank == 0:
         log.info("training starts %.1f s after the process", time.time() - born)
@@ -264,8 +276,9 @@ def _save(
     dtype: torch.dtype,
     tokenizer: Path,
     rank: int,
+    complete: Complete | None,
 ) -> None:
-    folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer)
+    folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer, complete)
     if rank == 0:
         log.info("saved %s", folder)
 

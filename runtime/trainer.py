@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from .config import Config
 from .feed import Feed
 from .metrics import Metrics
 from .milestones import enough, evaluates, judge, perplexity, saves
-from .optim import Optimizer, clip_factor, linear_schedule
+from .optim import Optimizer, clip_factor
+from .precision import LossScaler
+from .schedules import lr_share
 
 STOPPED = "stopped, to be resumed by the same command,"
 
@@ -46,19 +49,21 @@ class Vote:
     def __init__(self, world: Group | None, lane: Lane, timeout_s: float) -> None:
         self._world, self._lane, self._timeout_s = world, lane, timeout_s
 
-    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool) -> Verdict:
-        """Raises `Mismatch` if the ranks are not at the same step."""
-        votes = torch.tensor([square_sum, loss_sum, float(stop), float(step), 1.0], dtype=torch.float64)
+    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool, scale: float = 1.0) -> Verdict:
+        """Raises `Mismatch` if the ranks are not at the same step, or have not the same loss scale."""
+        votes = torch.tensor([square_sum, loss_sum, float(stop), float(step), scale, 1.0], dtype=torch.float64)
         if self._world is not None:
             world = self._world
             self._lane.submit(
                 lambda: world.all_reduce(votes, timeout_s=self._timeout_s, operation=f"voting on step {step}"),
                 label="vote",
             ).get()
-        squares, loss, stops, steps, ranks = votes.tolist()
+        squares, loss, stops, steps, scales, ranks = votes.tolist()
         if steps != step * ranks:
             raise Mismatch(f"ranks are at different steps: this one at {step}, the mean is {steps / ranks}")
-        return Verdict(math.sqrt(squares), loss, stops > 0)
+        if not math.isclose(scales, scale * ranks):
+            raise Mismatch(f"ranks have different loss scales: this one {scale}, the mean is {scales / ranks}")
+        return Verdict(math.sqrt(squares) / scale, loss, stops > 0)
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Trainer:
     borrowed: Tensor | None = None
     record: Recorder | None = None
     evaluate: Callable[[int], float] | None = None
+    scaler: LossScaler | None = None
 
     def run(self, progress: Progress) -> tuple[Progress, str]:
         """Train from `progress` on. Returns where the run stands at its end, and why that came before its last update,
@@ -94,21 +100,31 @@ class Trainer:
             start = time.perf_counter()
             batches, cursor = self.feed.next_update()
             self.optimizer.gradients.zero()
+            scale = self.scaler.scale if self.scaler is not None else 1.0
             loss_sum = 0.0
             for number, batch in enumerate(batches, update * c.gradient_accumulate_step):
                 seed = (c.seed * 1_000_003 + number) * self.topology.replicas + self.place.replica
-                loss_sum += float(self.executor.step(batch, seed))
+                if number + 1 == (update + 1) * c.gradient_accumulate_step:
+                    self.replicas.overlap(self.lane)
+                loss_sum += float(self.executor.step(batch, seed, scale))
             self.lane.submit(self.replicas.reduce, label="reduce").get()
-            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping())
-            if not math.isfinite(verdict.norm) or not math.isfinite(verdict.loss_sum):
+            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), scale)
+            finite = math.isfinite(verdict.norm) and math.isfinite(verdict.loss_sum)
+            if self.scaler is not None:
+                self.scaler.update(finite)
+            if not finite and (self.scaler is None or self.scaler.hopeless):
                 raise Diverged(
                     f"update {update + 1}: the gradient norm is {verdict.norm} and the summed loss {verdict.loss_sum}; "
                     "the weights are as after the update before. Try a lower --lr or a longer --warmup-steps, "
                     "and go on from the latest checkpoint"
                 )
-            lr = c.lr * linear_schedule(update, c.updates, c.warmup_steps)
+            lr = c.lr * lr_share(c.scheduler, progress.applied, c.updates, c.warmup_steps, c.lr_floor)
             updating = time.perf_counter()
-            self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm))
+            if finite:
+                weights = self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm) / scale)
+                if weights is not None:
+                    self.lane.submit(partial(self.replicas.gather, weights), label="weights").get()
+                    self.optimizer.take(weights)
             end = time.perf_counter()
             if self.record is not None:
                 self.record("optimizer", "update", updating, end)
@@ -118,6 +134,8 @@ class Trainer:
                 updates=update + 1,
                 tokens=progress.tokens + per_update,
                 data=cursor,
+                skipped=progress.skipped + (not finite),
+                scaler=self.scaler.state() if self.scaler is not None else None,
             )
             held_out: dict[str, Any] = {}
             reason = STOPPED if verdict.stop else ""
@@ -128,7 +146,8 @@ class Trainer:
                 reason = reason or enough(c, progress)
             if self.metrics is not None:
                 row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
-                self.metrics.write({**row, **held_out})
+                scaling = {"loss_scale": scale, "skipped": progress.skipped} if self.scaler is not None else {}
+                self.metrics.write({**row, **scaling, **held_out})
             # The best so far is always saved. What was evaluated and what is saved are the same weights.
             if saves(c, progress.step) or reason or progress.best_step == progress.step:
                 self.save(progress)
@@ -138,9 +157,9 @@ class Trainer:
 
     def _own_squares(self) -> float:
         """This rank's part of the global norm: every parameter of the model is counted by exactly one rank."""
-        if self.place.replica != 0:
+        if self.place.replica != 0 and not self.optimizer.sharded:
             return 0.0
-        return self.optimizer.gradients.square_sum(skip=self.borrowed)
+        return self.optimizer.square_sum(skip=self.borrowed)
 
 
 def _row(progress: Progress, verdict: Verdict, valid: int, lr: float, tokens: int, seconds: float) -> dict[str, Any]:

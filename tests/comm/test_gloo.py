@@ -62,6 +62,31 @@ def test_a_sum_leaves_the_same_bits_on_all_members(tmp_path: Path) -> None:
         assert answer == {**first, "told": True, "size": 3}
 
 
+def scatter_and_gather(me: Peer) -> dict[str, Any]:
+    """Each member's place of the sum, then all places again."""
+    group, place = me.group("all"), me.ranks.index(me.rank)
+    answer = {}
+    for n in (1, 5, 40_001):
+        x = numbers(me.rank, 3 * n)
+        group.reduce_scatter(x, timeout_s=20)
+        mine = x.view(3, n)[place]
+        in_order = numbers(1, 3 * n) + numbers(4, 3 * n) + numbers(6, 3 * n)
+        right = torch.equal(mine, in_order.view(3, n)[place])
+        everything = torch.full((3, n), float("nan"))
+        everything[place] = mine
+        group.all_gather(everything.view(-1), timeout_s=20)
+        answer[n] = (right, torch.equal(everything.view(-1), in_order))
+    half = torch.full((6,), float(me.rank), dtype=torch.bfloat16)
+    group.all_gather(half, timeout_s=20)
+    group.close()
+    return {**answer, "half": half.tolist()}
+
+
+def test_scattered_sums_are_added_in_order_and_gathered_whole(tmp_path: Path) -> None:
+    told = {1: (True, True), 5: (True, True), 40_001: (True, True), "half": [1.0, 1.0, 4.0, 4.0, 6.0, 6.0]}
+    assert play(scatter_and_gather, (1, 4, 6), tmp_path) == {1: told, 4: told, 6: told}
+
+
 def operations(group: GlooGroup, timeout_s: float) -> dict[str, Callable[[], None]]:
     """Each kind of operation, as seen by the member that waits for the other."""
     (other,) = set(group.members) - {group.rank}
@@ -69,12 +94,14 @@ def operations(group: GlooGroup, timeout_s: float) -> dict[str, Callable[[], Non
         "receiving x": lambda: group.recv(torch.zeros(4), other, timeout_s=timeout_s, operation="receiving x"),
         "sending x": lambda: group.send(torch.zeros(BIG), other, timeout_s=timeout_s, operation="sending x"),
         "summing x": lambda: group.all_reduce(torch.zeros(4), timeout_s=timeout_s, operation="summing x"),
+        "scattering x": lambda: group.reduce_scatter(torch.zeros(4), timeout_s=timeout_s, operation="scattering x"),
+        "gathering x": lambda: group.all_gather(torch.zeros(4), timeout_s=timeout_s, operation="gathering x"),
         "spreading x": lambda: group.broadcast(torch.zeros(4), other, timeout_s=timeout_s, operation="spreading x"),
         "barrier": lambda: group.barrier(timeout_s=timeout_s),
     }
 
 
-OPERATIONS = ("receiving x", "sending x", "summing x", "spreading x", "barrier")
+OPERATIONS = ("receiving x", "sending x", "summing x", "scattering x", "gathering x", "spreading x", "barrier")
 
 
 def wait_in_vain(

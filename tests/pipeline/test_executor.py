@@ -184,7 +184,7 @@ def test_evaluation_is_a_plan_without_backwards(store: ShardStore, batches: list
     pipeline = Pipeline(store, (2, 2, 1), forward_only(3, 4), Watching)
     assert pipeline.run(batches) == pytest.approx(truth.loss_sums, rel=1e-6)
     assert set(pipeline.gradients().values()) == {None}
-    assert [stage.peak for stage in pipeline.stages] == [0, 0, 0]  # autograd kept nothing at all
+    assert [stage.most_kept for stage in pipeline.stages] == [0, 0, 0]  # autograd kept nothing at all
 
 
 @pytest.mark.parametrize("split", [(5,), (2, 2, 1)])

@@ -99,3 +99,65 @@ def test_square_sum_shows_what_is_not_finite(bad: float) -> None:
     gradients.views[2][3] = bad
     assert not torch.tensor(gradients.square_sum()).isfinite()
     assert gradients.square_sum(skip=gradients.views[2]) == 0.0
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("bucket", [0, 1, 50, 10_000])
+def test_buckets_and_shards_cover_every_element_once(shards: int, bucket: int) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    gradients = Gradients(parameters, shards=shards, bucket_elements=bucket)
+    counts = torch.zeros(gradients.flat.numel())
+    owned = [gradients.owned(replica) for replica in range(shards)]
+    for start, stop in [span for spans in owned for span in spans]:
+        assert start % 16 == stop % 16 == 0
+        counts[start:stop] += 1
+    assert (counts == 1).all()
+    assert len({sum(stop - start for start, stop in spans) for spans in owned}) == 1  # everyone has as much
+    sizes = [stop - start for start, stop in gradients.buckets]
+    assert sum(sizes) == gradients.flat.numel()
+    assert max(sizes) <= max(bucket or 10**9, 16 * shards) + 16 * shards
+    if bucket == 1:
+        assert set(sizes) == {16 * shards}
+
+
+def watched(gradients: Gradients, parameters: list[nn.Parameter], backwards: int = 1) -> tuple[list[int], list[int]]:
+    """The buckets that were ready during the backward passes, and those that were left."""
+    ready: list[int] = []
+    gradients.watch(ready.append)
+    for seed in range(backwards):
+        backward(parameters, factors(parameters[0].dtype, seed))
+    return ready, gradients.unwatch()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_buckets_are_ready_from_the_last_to_the_first(dtype: torch.dtype, backwards: int) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
+    gradients = Gradients(parameters, bucket_elements=16)
+    every = list(reversed(range(len(gradients.buckets))))
+    assert len(every) > len(SHAPES)  # one tensor lies in two
+    assert watched(gradients, parameters, backwards) == ([], every)  # it only counts
+    assert watched(gradients, parameters, backwards) == (every, [])
+    assert watched(gradients, parameters, backwards) == (every, [])
+
+
+def test_a_bucket_waits_for_its_last_gradient() -> None:
+    parameters, gradients = [nn.Parameter(torch.zeros(16)) for _ in range(3)], None
+    gradients = Gradients(parameters, bucket_elements=32)
+    seen: list[tuple[str, int]] = []
+    for parameter, name in zip(parameters, "abc", strict=True):
+        parameter.register_post_accumulate_grad_hook(lambda p, n=name: seen.append((n, -1)))
+    for _ in range(2):
+        seen.clear()
+        gradients.watch(lambda bucket: seen.append(("bucket", bucket)))
+        for parameter in (parameters[1], parameters[2], parameters[0]):
+            parameter.sum().backward()
+        gradients.unwatch()
+    assert seen == [("b", -1), ("bucket", 1), ("c", -1), ("bucket", 0), ("a", -1)]
+
+
+def test_a_gradient_after_its_bucket_was_sent_is_an_error() -> None:
+    parameters, gradients = make(torch.float32)
+    watched(gradients, parameters)
+    with pytest.raises(RuntimeError, match="more often than in the step before"):
+        watched(gradients, parameters, backwards=2)

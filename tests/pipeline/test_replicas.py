@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from farspan.pipeline.gradients import Gradients
@@ -18,6 +20,8 @@ class Doubling:
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         self._asked.append((operation, x.numel(), timeout_s))
         x.mul_(2)
+
+    reduce_scatter = all_reduce
 
 
 REPLICAS = ("summing gradients over replicas", 32, 9.0)
@@ -42,3 +46,41 @@ def test_the_sums_of_a_stage(peers: bool, tie: bool, sums: list[tuple[str, int, 
     Replicas(gradients, group if peers else None, group if tie else None, tied if tie else None, 9.0).reduce()
     assert asked == sums
     assert [view.unique().tolist() for view in gradients.views] == [[value] for value in after]
+
+
+@pytest.mark.parametrize(
+    ("sharded", "order"),
+    [
+        (False, [("bucket", 16), ("bucket", 16), ("bucket", 16), ("tie", 16)]),
+        (True, [("bucket", 16), ("bucket", 16), ("tie", 16), ("bucket", 16)]),  # the tied bucket waits for its pair
+    ],
+)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_order_of_buckets_and_the_pair(sharded: bool, order: list[tuple[str, int]], overlap: bool) -> None:
+    parameters = [nn.Parameter(torch.zeros(16)) for _ in range(3)]
+    gradients = Gradients(parameters, bucket_elements=16)
+    asked: list[tuple[str, int, float]] = []
+    tied = gradients.views[1]
+    replicas = Replicas(gradients, Doubling(asked), Doubling(asked), tied, 9.0, sharded=sharded)
+    for _ in range(3):
+        asked.clear()
+        gradients.zero()
+        if overlap:
+            replicas.overlap(Now())
+        sum(p.sum() for p in parameters).backward()
+        replicas.reduce()
+        kinds = {REPLICAS[0]: "bucket", TIE[0]: "tie"}
+        assert [(kinds[operation], count) for operation, count, _ in asked] == order
+        assert [view.unique().tolist() for view in gradients.views] == [[2.0], [4.0], [2.0]]
+
+
+class Now:
+    """A lane that does what it is told at once."""
+
+    name = "now"
+
+    def submit(self, fn: Callable[[], object], *after: object, label: str = "") -> None:
+        fn()
+
+    def close(self) -> None:
+        return

@@ -47,8 +47,9 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--no-such 1", "unknown flag --no-such"),
         ("--learning-rate 1", "unknown flag --learning-rate"),
         ("--check", "unknown flag --check"),  # no abbreviations either
-        ("--fp16", "--fp16 is not supported"),
-        ("--use-offload", "--use-offload is not supported"),
+        ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
+        ("--bucket-mb 0", "--bucket-mb 0.0 must be more than 0"),
+        ("--optimizer 8bit-adam --dp-mode zero1", "--optimizer 8bit-adam has one scale for 256 elements"),
         ("--lr fast", "--lr"),
         ("--pp-mode zigzag", "--pp-mode"),
         ("--load-checkpoint maybe", "true or false"),
@@ -86,6 +87,15 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--load-step 2 --load-checkpoint false", "--load-step and --load-checkpoint false: give one"),
         ("--nepochs 1", "--nepochs and --total-steps both say how long the run is: give one"),
         ("--nepochs -1", "--nepochs -1 must not be negative"),
+        ("--scheduler step", "--scheduler"),
+        ("--loss-scale -1", "--loss-scale -1.0 must not be negative"),
+        ("--min-loss-scale 0", "--min-loss-scale 0.0 must be a positive number"),
+        ("--initial-loss-scale 1 --min-loss-scale 2", "--initial-loss-scale 1.0 is below --min-loss-scale 2.0"),
+        ("--loss-scale-window 0", "--loss-scale-window 0 must be at least 1"),
+        ("--hysteresis 0", "--hysteresis 0 must be at least 1"),
+        ("--lr 0.1 --min-lr 0.2", "--min-lr 0.2 is more than --lr 0.1"),
+        ("--min-lr -1", "--min-lr -1.0 must not be negative"),
+        ("--min-lr 1e-3 --scheduler constant", "--min-lr means nothing to --scheduler constant"),
     ],
 )
 def test_refusals_name_the_flag(extra: str, message: str) -> None:

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from farspan.modules.shards import ShardStore
 from farspan.pipeline.stage import Stage
 from farspan.runtime.checkpoint import load_weights
-from farspan.runtime.config import Config
-from farspan.runtime.optim import Optimizer, clip_factor, linear_schedule
-from transformers import get_linear_schedule_with_warmup
+from farspan.runtime.config import Config, ConfigError
+from farspan.runtime.optim import Optimizer, clip_factor
+from tiny import make_model
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
 
-def stage_of(model: Path, dtype: torch.dtype = torch.float32) -> tuple[Stage, Optimizer]:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for 8-bit moments: smaller tensors keep theirs in fp32."""
+    return make_model(tmp_path_factory.mktemp("wide") / "model", "gptneox", hidden_size=128, layers=1)
+
+
+def stage_of(
+    model: Path,
+    dtype: torch.dtype = torch.float32,
+    replica: int = 0,
+    **told: Any,  # noqa: ANN401 - whatever a flag takes
+) -> tuple[Stage, Optimizer]:
     store = ShardStore(model)
     stage = Stage(store.spec, range(store.spec.unit_count), dtype=dtype, device=CPU)
-    optimizer = Optimizer(stage, Config(lr=1e-2, weight_decay=0.1))
+    optimizer = Optimizer(stage, Config(lr=1e-2, weight_decay=0.1, **told), replica)
     load_weights(store, optimizer)
     return stage, optimizer
 
 
-@pytest.mark.parametrize(("updates", "warmup"), [(10, 0), (10, 3), (1, 0), (5, 5)])
-def test_the_schedule_is_transformers_own(updates: int, warmup: int) -> None:
-    weight = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([weight], lr=2.0)
-    schedule = get_linear_schedule_with_warmup(sgd, warmup, updates)
-    for update in range(updates):
-        assert 2.0 * linear_schedule(update, updates, warmup) == pytest.approx(schedule.get_last_lr()[0])
-        sgd.step()
-        schedule.step()
-    assert linear_schedule(updates, updates, warmup) == 0.0
+def masters(optimizer: Optimizer) -> list[Tensor]:
+    """The weights that are trained, each in its shape."""
+    return [optimizer.state(i).get("master", tensor.parameter.detach()) for i, tensor in enumerate(optimizer.tensors)]
 
 
 def test_clipping_is_torchs_own() -> None:
@@ -48,9 +54,9 @@ def test_clipping_is_torchs_own() -> None:
 def test_norms_and_biases_do_not_decay(model: Path) -> None:
     """With zero gradients only decay moves a weight."""
     _, optimizer = stage_of(model)
-    before = [m.detach().clone() for m in optimizer.masters]
+    before = [m.clone() for m in masters(optimizer)]
     optimizer.step(1e-2, 1.0)
-    for tensor, master, old in zip(optimizer.tensors, optimizer.masters, before, strict=True):
+    for tensor, master, old in zip(optimizer.tensors, masters(optimizer), before, strict=True):
         if master.ndim == 1:
             assert torch.equal(master, old), tensor.hf_name
         else:
@@ -61,9 +67,7 @@ def test_bf16_trains_fp32_weights(model: Path) -> None:
     """Steps too small for bf16 add up; the stage always holds the rounded fp32 weights."""
     stage, optimizer = stage_of(model, torch.bfloat16)
     source = ShardStore(model).read_unit(1)
-    start = {
-        t.name: m.detach().clone() for t, m in zip(optimizer.tensors, optimizer.masters, strict=True) if t.unit == 1
-    }
+    start = {t.name: m.clone() for t, m in zip(optimizer.tensors, masters(optimizer), strict=True) if t.unit == 1}
     for name, tensor in source.items():
         assert torch.equal(start[name], tensor)  # not rounded on the way in
     ids = torch.randint(0, 64, (2, 16))
@@ -73,21 +77,145 @@ def test_bf16_trains_fp32_weights(model: Path) -> None:
         assert all(t.parameter.grad is None for t in optimizer.tensors)
         assert optimizer.gradients.flat.abs().sum() > 0
         optimizer.step(1e-6, 1.0)
-    for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
+    for tensor, master in zip(optimizer.tensors, masters(optimizer), strict=True):
         assert torch.equal(tensor.parameter, master.to(torch.bfloat16))
-    moved = [m for t, m in zip(optimizer.tensors, optimizer.masters, strict=True) if t.unit == 1 and m.ndim > 1]
+    moved = [m for t, m in zip(optimizer.tensors, masters(optimizer), strict=True) if t.unit == 1 and m.ndim > 1]
     assert all(
         not torch.equal(m.detach(), s) for m, s in zip(moved, [v for v in start.values() if v.ndim > 1], strict=True)
     )
 
 
 def test_adam_couples_its_decay(model: Path) -> None:
-    store = ShardStore(model)
-    stage = Stage(store.spec, range(store.spec.unit_count), dtype=torch.float32, device=CPU)
-    optimizer = Optimizer(stage, Config(optimizer="adam", lr=1e-2, weight_decay=0.1))
-    load_weights(store, optimizer)
-    old = optimizer.masters[0].detach().clone()
+    _, optimizer = stage_of(model, optimizer="adam")
+    old = masters(optimizer)[0].clone()
     optimizer.step(1e-2, 1.0)
     # A pure decay gradient, normalised by Adam: a whole step of lr, whatever the weight's size.
-    moved = (optimizer.masters[0].detach() - old)[old.abs() > 1e-2]
+    moved = (masters(optimizer)[0] - old)[old.abs() > 1e-2]
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), rtol=1e-2, atol=0)
+
+
+def steps(optimizers: list[Optimizer], count: int, seed: int = 0) -> None:
+    """`count` updates of each with the same random gradients; shards end up everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        gradients = [torch.randn(t.parameter.shape, generator=generator) for t in optimizers[0].tensors]
+        weights = []
+        for optimizer in optimizers:
+            for view, gradient in zip(optimizer.gradients.views, gradients, strict=True):
+                view.copy_(gradient)
+            weights.append(optimizer.step(1e-2, 0.5))
+        for optimizer, own in zip(optimizers, weights, strict=True):
+            if own is not None:
+                for replica, other in enumerate(weights):
+                    for start, stop in optimizer.gradients.owned(replica):
+                        own[start:stop] = other[start:stop]
+        for optimizer, own in zip(optimizers, weights, strict=True):
+            if own is not None:
+                optimizer.take(own)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["adamw", "adam", "8bit-adam"])
+def test_offload_gives_the_same_numbers(wide: Path, kind: str, dtype: torch.dtype) -> None:
+    there, here = (stage_of(wide, dtype, optimizer=kind, use_offload=offload)[1] for offload in (True, False))
+    steps([there], 3)
+    steps([here], 3)
+    for i, (a, b) in enumerate(zip(there.tensors, here.tensors, strict=True)):
+        assert torch.equal(a.parameter, b.parameter), a.hf_name
+        assert there.state(i).keys() == here.state(i).keys()
+        assert all(torch.equal(x, y) for x, y in zip(there.state(i).values(), here.state(i).values(), strict=True))
+    for piece in there.pieces:  # weights, moments and gradients of the update have memory of their own
+        assert piece.master.data_ptr() != piece.weight.data_ptr()
+        assert piece.master.grad is not piece.gradient
+        assert piece.master.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["adamw", "8bit-adam"])
+def test_a_state_goes_on_where_it_was(wide: Path, kind: str, dtype: torch.dtype) -> None:
+    """Bit for bit, through the checkpoint's names and shapes."""
+    _, whole = stage_of(wide, dtype, optimizer=kind)
+    steps([whole], 3)
+    _, resumed = stage_of(wide, dtype, optimizer=kind)
+    for i, tensor in enumerate(whole.tensors):
+        state = whole.state(i)
+        assert {name: value.shape for name, value in state.items()} == whole.state_shapes(i)
+        resumed.set_weight(i, tensor.parameter.detach())
+        resumed.load_state(i, {name: value.clone() for name, value in state.items()}, 3)
+    steps([whole], 2, seed=1)
+    steps([resumed], 2, seed=1)
+    for a, b in zip(whole.tensors, resumed.tensors, strict=True):
+        assert torch.equal(a.parameter, b.parameter), a.hf_name
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_a_run_may_change_its_precision(model: Path, before: torch.dtype, after: torch.dtype, offload: bool) -> None:
+    """The fp32 weights come along, whether a checkpoint has them apart or as the weights themselves."""
+    _, old = stage_of(model, before)
+    steps([old], 3)
+    _, new = stage_of(model, after, use_offload=offload)
+    for i, tensor in enumerate(old.tensors):
+        new.set_weight(i, tensor.parameter.detach())
+        new.load_state(i, old.state(i), 3)
+    for trained, master, tensor in zip(masters(old), masters(new), new.tensors, strict=True):
+        assert torch.equal(trained, master)
+        assert torch.equal(tensor.parameter, trained.to(after))
+    for piece in new.pieces:
+        assert torch.equal(piece.master.to(after), piece.weight)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_shards_give_the_same_bits_from_a_part_of_the_memory(
+    model: Path, replicas: int, dtype: torch.dtype, offload: bool
+) -> None:
+    _, whole = stage_of(model, dtype)
+    told = {"dp_mode": "zero1", "data_group_size": replicas, "bucket_mb": 0.02, "use_offload": offload}
+    shards = [stage_of(model, dtype, replica, **told)[1] for replica in range(replicas)]
+    steps([whole], 3)
+    steps(shards, 3)
+    for a, *others in zip(*(o.tensors for o in (whole, *shards)), strict=True):
+        assert all(torch.equal(a.parameter, b.parameter) for b in others), a.hf_name
+    for i in range(len(whole.tensors)):
+        for name, value in whole.state(i).items():  # each element is one replica's, and 0 for the others
+            assert torch.equal(value, sum(shard.state(i)[name] for shard in shards)), name
+    parameters = sum(t.parameter.numel() for t in whole.tensors)
+    elements = [moments(optimizer) for optimizer in (whole, *shards)]
+    assert elements[0] == sum(elements[1:]) == 2 * parameters
+    padding = whole.gradients.flat.numel() - parameters + 16 * replicas * len(shards[0].gradients.buckets)
+    assert max(elements[1:]) - min(elements[1:]) <= 2 * padding
+    assert max(elements[1:]) == pytest.approx(2 * parameters / replicas, rel=0.05)
+    assert len(shards[0].gradients.buckets) > 3
+
+
+def moments(optimizer: Optimizer) -> int:
+    """Elements of Adam's state that the process holds."""
+    return sum(
+        value.numel()
+        for state in optimizer._torch.state.values()
+        for name, value in state.items()
+        if name in ("exp_avg", "exp_avg_sq")
+    )
+
+
+def test_8bit_moments_take_a_byte_and_stay_close_to_adamw(wide: Path) -> None:
+    _, exact = stage_of(wide)
+    _, eight = stage_of(wide, optimizer="8bit-adam")
+    start = [m.clone() for m in masters(exact)]
+    steps([exact], 10)
+    steps([eight], 10)
+    kinds = {eight.state(i)["state1"].dtype for i, t in enumerate(eight.tensors) if t.parameter.numel() >= 4096}
+    assert kinds == {torch.uint8}
+    for a, b, old in zip(masters(exact), masters(eight), start, strict=True):
+        assert (a - b).norm() <= 0.05 * (a - old).norm()
+
+
+def test_without_bitsandbytes_one_line_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--optimizer 8bit-adam needs the package: pip install bitsandbytes"):
+        stage_of(model, optimizer="8bit-adam")

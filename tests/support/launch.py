@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -40,7 +41,7 @@ def flags_of(values: dict[str, Any]) -> list[str]:
     return words
 
 
-def _rank(argv: list[str], log: str, env: dict[str, str]) -> None:
+def _rank(argv: list[str], log: str, env: dict[str, str], fault: Callable[[], None] | None) -> None:
     os.setsid()
     os.environ.update(env)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -50,6 +51,8 @@ def _rank(argv: list[str], log: str, env: dict[str, str]) -> None:
     from farspan.runtime.cli import main
 
     torch.set_num_threads(1)
+    if fault is not None:
+        fault()
     sys.exit(main(argv))
 
 
@@ -75,6 +78,7 @@ class Run:
         ranks: list[int] | None = None,
         port: int | None = None,
         env: dict[str, str] | None = None,
+        faults: dict[int, Callable[[], None]] | None = None,
     ) -> None:
         world = stages * replicas
         self.port = port or free_port()
@@ -89,6 +93,7 @@ class Run:
             **flags,
         }
         self._by_rank = by_rank or {}
+        self._faults = faults or {}
         self._ranks = list(range(world)) if ranks is None else ranks
         self._env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
 
@@ -101,7 +106,7 @@ class Run:
 
     def start(self, rank: int) -> None:
         argv = flags_of({**self._flags, "rank": rank, **self._by_rank.get(rank, {})})
-        process = _server.Process(target=_rank, args=(argv, str(self._log(rank)), self._env))
+        process = _server.Process(target=_rank, args=(argv, str(self._log(rank)), self._env, self._faults.get(rank)))
         process.start()
         self.processes[rank] = process
 
