@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..comm.lane import Recorder, Ticket
 from ..comm.link import Receiver, Sender
-from ..modules.loss import cross_entropy_sum
 from .schedule import Op, Row
 from .stage import Stage
 
@@ -75,11 +74,11 @@ class Executor:
                 case Op.FORWARD:
                     x = arriving.pop(mb).get().requires_grad_() if mb in arriving else self._rows(batch.tokens, mb)
                     start = time.perf_counter()
-                    y = stage(x, seed * self._micro_batches + mb)
+                    labels = self._rows(batch.labels, mb) if stage.is_last else None
+                    y = stage(x, seed * self._micro_batches + mb, labels)
                     if stage.is_last:
-                        loss = cross_entropy_sum(y, self._rows(batch.labels, mb))
-                        loss_sum += loss.detach().double().cpu()
-                        y = loss / batch.valid
+                        loss_sum += y.detach().double().cpu()
+                        y = y / batch.valid
                     live[mb] = x, y
                     self._span("forward", str(action), start)
                 case Op.SEND_F:

@@ -99,6 +99,13 @@ class ScheduleFlags:
     pp_mode: str = _flag("gpipe", "pipeline schedule", choices=("gpipe", "1f1b"))
     pp_ahead: int = _flag(1, "1f1b: forwards in flight for each hop to the last stage; more hide a slow link")
     dp_mode: str = _flag("allreduce", "how replicas sum their gradients", choices=("allreduce",))
+    recompute: str = _flag(
+        "none",
+        "compute again in the backward, to hold less: whole blocks, or all of them but matrix products and attention "
+        "(selective); gradients are the same, and each rank may choose for itself",
+        choices=("none", "block", "selective"),
+        agree=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
 
     mixture = open_mixture(config, spec) if config.rank == 0 else None
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    stage = Stage(spec, units, dtype=dtype, device=device)
+    stage = Stage(spec, units, dtype=dtype, device=device, recompute=config.recompute)
     optimizer = Optimizer(stage, config)
     checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout)
     progress = fill(config, spec, store, stage, optimizer, checkpoints)
