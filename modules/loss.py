@@ -83,7 +83,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_weight.addmm_(g.T, x)
             else:
                 grad_weight += g.T @ x
-        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
 def count_valid(labels: Tensor) -> int:

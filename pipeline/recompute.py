@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Recompute:
         """`block(x)`, which must seed the generator itself where it draws from it."""
         if self.mode == "none" or not torch.is_grad_enabled():
             return block(x)
-        more = {}
+        more: dict[str, Any] = {}
         if self.mode == "selective":
             more["context_fn"] = partial(create_selective_checkpoint_contexts, self._kept)
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **more)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
@@ -211,9 +212,11 @@ class Checkpoints:
 @torch.no_grad()
 def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
     """Copy a stage's weights from `store`, which checks names and shapes."""
-    unit, tensors = -1, {}
+    unit = -1
+    tensors: dict[str, Tensor] = {}
     for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
         if tensor.unit != unit:
+            tensors = {}  # of the unit before: never two at once
             unit, tensors = tensor.unit, store.read_unit(tensor.unit)
         master.copy_(tensors[tensor.name])
     optimizer.refresh()

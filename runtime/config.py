@@ -122,7 +122,7 @@ class WatchFlags:
     """watching"""
 
     train_log_backend: str = _flag(
-        "print", "where rank 0 sends metrics besides metrics.jsonl", choices=("print", "wandb")
+        "print", "where rank 0 sends metrics besides metrics.jsonl: print, wandb, tensorboard, or several by commas"
     )
     project_name: str = _flag("farspan", "wandb project; WANDB_NAME names the run")
     log_steps: int = _flag(
@@ -130,13 +130,14 @@ class WatchFlags:
     )
     profiling: str = _flag(
         "no-profiling",
-        "tidy_profiling writes a Chrome/Perfetto trace of each rank",
+        "tidy_profiling writes one Chrome/Perfetto trace of all ranks and a picture of one step",
         choices=("no-profiling", "tidy_profiling"),
     )
     debug: bool = _flag(False, "show tracebacks", agree=False)
 
 
 GROUPS = (ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, WatchFlags)
+LOG_BACKENDS = ("print", "wandb", "tensorboard")
 SWITCHES = {"bf16", "debug"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
@@ -172,6 +173,10 @@ class Config(ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, Ch
     @property
     def updates(self) -> int:
         return self.total_steps // self.gradient_accumulate_step
+
+    @property
+    def log_backends(self) -> list[str]:
+        return list(dict.fromkeys(name.strip() for name in self.train_log_backend.split(",")))
 
     @property
     def checkpoints(self) -> Path:
@@ -344,5 +349,7 @@ def validate(config: Config) -> None:
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    for name in c.log_backends:
+        refuse(name not in LOG_BACKENDS, f"--train-log-backend {name!r} is none of {', '.join(LOG_BACKENDS)}")
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be in [0, 1)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import sys
@@ -20,6 +19,7 @@ from ..pipeline.partition import even_split, explicit_split, fixed_split
 from ..pipeline.schedule import Plan, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
+from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .optim import Optimizer
@@ -113,8 +113,7 @@ def share_threads(meeting: Rendezvous) -> str:
 
 def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
     """Rank 0's tokenizer and tasks. Raises `ConfigError` or `DataError`."""
-    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
+    check_backends(config)
     name = config.tokenizer_name or config.model_name
     import transformers  # late: only rank 0 needs it, and it takes seconds
 

@@ -26,7 +26,7 @@ from ..pipeline.replicas import Replicas
 from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
-from ..pipeline.timeline import Timeline
+from ..pipeline.timeline import Meter, Timeline
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of
 from .config import Config, ConfigError
 from .feed import Feed
@@ -44,8 +44,10 @@ from .prepare import (
     share_threads,
     versions,
 )
+from .profiling import Profile
 from .tasks import DataError
 from .trainer import Diverged, Trainer, Vote
+from .usage import Usage
 from .wiring import connect
 
 EXPECTED = (
@@ -162,11 +164,14 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
             )  # fmt: skip
         return
 
-    timeline = Timeline() if config.profiling == "tidy_profiling" else None
-    record = timeline.record if timeline is not None else None
+    meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
+    record = meter.record
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     meeting.exchange("loaded", "", config.wire_timeout)
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
+    profile = None
+    if meter.timeline is not None:
+        profile = Profile(meter.timeline, wires, topology, config.rank, config.wire_timeout)
     tied = optimizer.tied_gradient
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
     feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
@@ -186,20 +191,19 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
         metrics=metrics,
         borrowed=tied if not stage.is_first else None,
         record=record,
+        usage=Usage(meter, device, topology),
     )
     if config.rank == 0:
         log.info("training starts %.1f s after the process", time.time() - born)
     signals.training = True
     progress, stopped = trainer.run(progress)
     feed.close()
+    if profile is not None:
+        profile.write(config.checkpoints / "traces")
     wires.close()
     if metrics is not None:
         metrics.close()
         _summary(progress, stopped, metrics, config)
-    if timeline is not None:
-        path = config.checkpoints / "traces" / f"rank{config.rank}.json"
-        # perf_counter's zero differs from machine to machine; the wall clock is common, as far as clocks agree.
-        timeline.write_chrome_trace(path, config.rank, f"rank {config.rank}", time.time() - time.perf_counter())
 
 
 def _save(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from .config import Config
 from .feed import Feed
 from .metrics import Metrics
 from .optim import Optimizer, clip_factor, linear_schedule
+from .usage import Usage
 
 
 class Diverged(RuntimeError):
@@ -30,11 +31,12 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks found out together about one update."""
+    """What all ranks found out together about one update. `told`: what each rank had to tell, by rank."""
 
     norm: float
     loss_sum: float
     stop: bool
+    told: list[list[float]]
 
 
 class Vote:
@@ -43,26 +45,33 @@ class Vote:
     def __init__(self, world: Group | None, lane: Lane, timeout_s: float) -> None:
         self._world, self._lane, self._timeout_s = world, lane, timeout_s
 
-    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool) -> Verdict:
-        """Raises `Mismatch` if the ranks are not at the same step."""
-        votes = torch.tensor([square_sum, loss_sum, float(stop), float(step), 1.0], dtype=torch.float64)
+    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool, tell: Sequence[float] = ()) -> Verdict:
+        """`tell`: further numbers of this rank, as many on each. Raises `Mismatch` if the ranks are not at the same
+        step."""
+        size, place = (self._world.size, self._world.members.index(self._world.rank)) if self._world else (1, 0)
+        sums = torch.tensor([square_sum, loss_sum, float(stop), float(step), 1.0], dtype=torch.float64)
+        slots = torch.zeros(size, len(tell), dtype=torch.float64)  # each rank fills its own: the sum gathers them
+        slots[place] = torch.tensor(tell, dtype=torch.float64)
+        votes = torch.cat([sums, slots.flatten()])
         if self._world is not None:
             world = self._world
             self._lane.submit(
                 lambda: world.all_reduce(votes, timeout_s=self._timeout_s, operation=f"voting on step {step}"),
                 label="vote",
             ).get()
-        squares, loss, stops, steps, ranks = votes.tolist()
+        squares, loss, stops, steps, ranks = votes[: len(sums)].tolist()
         if steps != step * ranks:
             raise Mismatch(f"ranks are at different steps: this one at {step}, the mean is {steps / ranks}")
-        return Verdict(math.sqrt(squares), loss, stops > 0)
+        told = votes[len(sums) :].view(size, len(tell)).tolist()
+        return Verdict(math.sqrt(squares), loss, stops > 0, told)
 
 
 @dataclass
 class Trainer:
     """Runs updates until the last, or until some rank is told to stop.
 
-    `borrowed` is the gradient that another stage counts; `save` writes a checkpoint; `metrics` is rank 0's alone.
+    `borrowed` is the gradient that another stage counts; `save` writes a checkpoint; `metrics` is rank 0's alone;
+    `usage` adds to the metrics how the machines are used.
     """
 
     config: Config
@@ -79,6 +88,7 @@ class Trainer:
     metrics: Metrics | None = None
     borrowed: Tensor | None = None
     record: Recorder | None = None
+    usage: Usage | None = None
 
     def run(self, progress: Progress) -> tuple[Progress, bool]:
         """Train from `progress` on. Returns where the run stands at its end, and whether it was stopped before its last
@@ -94,7 +104,8 @@ class Trainer:
                 seed = (c.seed * 1_000_003 + number) * self.topology.replicas + self.place.replica
                 loss_sum += float(self.executor.step(batch, seed))
             self.lane.submit(self.replicas.reduce, label="reduce").get()
-            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping())
+            tell = self.usage.take() if self.usage is not None else ()
+            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), tell)
             if not math.isfinite(verdict.norm) or not math.isfinite(verdict.loss_sum):
                 raise Diverged(
                     f"update {update + 1}: the gradient norm is {verdict.norm} and the summed loss {verdict.loss_sum}; "
@@ -106,7 +117,7 @@ class Trainer:
             self.optimizer.step(lr, clip_factor(verdict.norm, c.max_grad_norm))
             end = time.perf_counter()
             if self.record is not None:
-                self.record("optimizer", "update", updating, end)
+                self.record("optimizer", f"update {update + 1}", updating, end)
             progress = Progress(
                 step=progress.step + c.gradient_accumulate_step,
                 updates=update + 1,
@@ -114,7 +125,8 @@ class Trainer:
                 data=cursor,
             )
             if self.metrics is not None:
-                self.metrics.write(_row(progress, verdict, batches[0].valid, lr, per_update, end - start))
+                row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
+                self.metrics.write(row | (self.usage.row(verdict.told) if self.usage is not None else {}))
             finished = update + 1 == c.updates
             if finished or verdict.stop or self._due(progress.step):
                 self.save(progress)
