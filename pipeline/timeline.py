@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """One piece of work: `start` and `end` in seconds on the timeline's clock."""
+    """One piece of work: `start` and `end` in seconds on the timeline's clock.
+
+    `posted`: when a receive began to wait, where that is known apart from its start.
+    """
 
     lane: str
     name: str
     start: float
     end: float
+    posted: float | None = None
 
 
 @dataclass

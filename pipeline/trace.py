@@ -45,7 +45,10 @@ def show_transfers(ranks: Sequence[RankSpans]) -> list[RankSpans]:
                 # From the end, since a recording may lack its beginning.
                 pairs = zip(reversed(receives), reversed(sends), strict=False)
                 sent_at |= {i: send.start for i, send in pairs}
-        spans = [s._replace(start=min(max(s.start, sent_at.get(i, s.start)), s.end)) for i, s in enumerate(r.spans)]
+        spans = list(r.spans)
+        for i, sent in sent_at.items():
+            s = spans[i]
+            spans[i] = s._replace(start=min(max(s.start, sent), s.end), posted=s.start)
         shown.append(replace(r, spans=spans))
     return shown
 
@@ -78,4 +81,5 @@ def _events(r: RankSpans, zero: float) -> Iterator[dict[str, Any]]:
             "tid": tracks[s.lane],
             "ts": round((s.start - zero) * 1e6, 3),
             "dur": round((s.end - s.start) * 1e6, 3),
+            **({"args": {"posted": round((s.posted - zero) * 1e6, 3)}} if s.posted is not None else {}),
         }

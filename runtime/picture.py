@@ -68,8 +68,9 @@ def draw_step(ranks: Sequence[RankSpans], path: Path) -> None:
                 [(s.start * 1e3, (s.end - s.start) * 1e3) for s in bars],
                 (row + top, height),
                 facecolors=COLOURS[kind],
-                edgecolor="white",
-                linewidth=0.4,
+                # A message may be too short to be seen: its own colour around it makes it a hairline.
+                edgecolor="white" if kind in _COMPUTING else COLOURS[kind],
+                linewidth=0.5,
             )
         computing = [s for s in inside if kind_of(s.lane) in _COMPUTING]
         if len(computing) <= _MOST_LABELLED:

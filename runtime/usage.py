@@ -38,7 +38,8 @@ class Usage:
 
     def take(self) -> list[float]:
         """Since the last call: the share of time in which nothing was computed, and in which the busiest of this rank's
-        connections (to the next stage, to the previous one, to the other replicas) was at work. And peak memory, GiB.
+        connections (to the next stage, to the previous one, to the other replicas) was at work, which for a sum over
+        replicas includes waiting for the slowest. And peak memory, GiB.
         """
         now, seconds = time.perf_counter(), dict(self._meter.seconds)
         past = max(now - self._since, 1e-9)

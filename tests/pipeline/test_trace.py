@@ -21,7 +21,7 @@ FIRST = [
 ]
 LAST = [
     Span("forward receive", "activations", 9.5, 11.6),
-    Span("forward receive", "activations", 11.6, 12.5),
+    Span("forward receive", "activations", 11.7, 12.5),
     Span("backward send", "gradients", 14.0, 14.9),
 ]
 RANKS = [RankSpans(0, 0, 0, FIRST), RankSpans(1, 0, 1, LAST, 25e-6)]
@@ -39,6 +39,7 @@ def test_receives_start_with_their_transfer_and_not_when_they_were_posted() -> N
     first, last = show_transfers(RANKS)
     assert [s.start for s in last.spans if s.lane == "forward receive"] == [11.0, 12.0]
     assert [s.start for s in first.spans if s.lane == "backward receive"] == [14.0]
+    assert [s.posted for s in last.spans] == [9.5, 11.7, None]
     assert [s.end for s in last.spans] == [s.end for s in LAST]
     assert [s for s in first.spans if "receive" not in s.lane] == [s for s in FIRST if "receive" not in s.lane]
 
