@@ -18,6 +18,16 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.20"],
         "8bit": ["bitsandbytes>=0.45"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "wandb>=0.20", "bitsandbytes>=0.45"],
+        "watching": ["wandb>=0.20", "tensorboard>=2.18", "matplotlib>=3.9"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "wandb>=0.20",
+            "tensorboard>=2.18",
+            "matplotlib>=3.9",
+            "bitsandbytes>=0.45",
+        ],
     },
 )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loss import linear_cross_entropy_sum
 from .parts import Attention, Mlp, Rotary, make_norm
 from .spec import ModelSpec
 
@@ -60,6 +61,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.norm(x))
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Σ cross-entropy [] over `labels` [b, T] (see `cross_entropy_sum`), without all logits at once."""
+        return linear_cross_entropy_sum(self.norm(x), self.out.weight, self.out.bias, labels)
 
 
 def build_layers(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..comm.lane import Recorder, Ticket
 from ..comm.link import Receiver, Sender
-from ..modules.loss import cross_entropy_sum
 from .schedule import Op, Row, trains
 from .stage import Stage
 
@@ -86,11 +85,11 @@ class Executor:
                     if self._trains and not stage.is_first:
                         x.requires_grad_()
                     start = time.perf_counter()
-                    y = stage(x, seed * self._micro_batches + mb)
+                    labels = self._rows(batch.labels, mb) if stage.is_last else None
+                    y = stage(x, seed * self._micro_batches + mb, labels)
                     if stage.is_last:
-                        loss = cross_entropy_sum(y, self._rows(batch.labels, mb))
-                        loss_sum += loss.detach().double().cpu()
-                        y = loss / batch.valid * scale
+                        loss_sum += y.detach().double().cpu()
+                        y = y / batch.valid * scale
                     if self._trains or not stage.is_last:
                         live[mb] = x, y
                     self._span("forward", str(action), start)

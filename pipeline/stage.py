@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.layers import build_layers, hf_names
+from ..modules.layers import Block, Head, build_layers, hf_names
 from ..modules.spec import ModelSpec
+from .recompute import Recompute
 
 
 class StageTensor(NamedTuple):
@@ -30,24 +32,40 @@ class StageTensor(NamedTuple):
 
 
 class Stage(nn.Module):
-    """A slice of the model: [b, T] tokens or [b, T, C] activations → [b, T, C] activations or [b, T, V] logits."""
+    """A slice of the model: [b, T] tokens or [b, T, C] activations → [b, T, C] activations or [b, T, V] logits.
 
-    def __init__(self, spec: ModelSpec, units: range, *, dtype: torch.dtype, device: torch.device) -> None:
+    `recompute`: what autograd keeps of a block, see `pipeline/recompute.py`.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, units: range, *, dtype: torch.dtype, device: torch.device, recompute: str = "none"
+    ) -> None:
         super().__init__()
         self.spec, self.units, self.dtype, self.device = spec, units, dtype, device
         self.is_first, self.is_last = units.start == 0, units.stop == spec.unit_count
         self.layers = nn.ModuleList(build_layers(spec, units, dtype=dtype, device=device))
         self._dropout = max(spec.embed_dropout, spec.attn_dropout, spec.residual_dropout) > 0
+        self._recompute = Recompute(recompute, attn_dropout=spec.attn_dropout > 0)
         if spec.tied and self.is_first and self.is_last:
             self._tie()
 
-    def forward(self, x: Tensor, seed: int = 0) -> Tensor:
-        """`seed` names this micro-batch; with each unit's number it fixes the dropout masks, whatever the grid."""
+    def forward(self, x: Tensor, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+        """`seed` names this micro-batch; with each unit's number it fixes the dropout masks, whatever the grid.
+
+        A last stage that is given `labels` [b, T] returns Σ cross-entropy [] instead of the logits.
+        """
         for unit, layer in zip(self.units, self.layers, strict=True):
-            if self._dropout and self.training:
-                torch.manual_seed(seed * self.spec.unit_count + unit)
-            x = layer(x)
+            if labels is not None and isinstance(layer, Head):
+                return layer.loss(x, labels)
+            run = partial(self._seeded, layer, seed * self.spec.unit_count + unit)
+            x = self._recompute(run, x) if isinstance(layer, Block) else run(x)
         return x
+
+    def _seeded(self, layer: nn.Module, seed: int, x: Tensor) -> Tensor:
+        """Seeds in the very function that may run again in the backward: the masks are then the same."""
+        if self._dropout and self.training:
+            torch.manual_seed(seed)
+        return layer(x)
 
     def tensors(self) -> Iterator[StageTensor]:
         """Every parameter once: a head that shares the embedding of this very stage brings nothing of its own."""

@@ -1,28 +1,31 @@
-"""Spans of work by lane, from a simulation and from a real run alike, and the trace that a browser shows."""
+"""Spans of work by lane, from a simulation and from a real run alike, and counters of the seconds in them."""
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Span:
-    """One piece of work: `start` and `end` in seconds on the timeline's clock."""
+class Span(NamedTuple):
+    """One piece of work: `start` and `end` in seconds on the timeline's clock.
+
+    `posted`: when a receive began to wait, where that is known apart from its start.
+    """
 
     lane: str
     name: str
     start: float
     end: float
+    posted: float | None = None
 
 
 @dataclass
 class Timeline:
     """What happened on the lanes of one rank (a run) or of all stages (a simulation)."""
 
-    spans: list[Span] = field(default_factory=list)
+    spans: deque[Span] | list[Span] = field(default_factory=list)
 
     def record(self, lane: str, name: str, start: float, end: float) -> None:
         self.spans.append(Span(lane, name, start, end))
@@ -41,25 +44,20 @@ class Timeline:
         wanted = list(lanes)
         return 1 - self.busy(wanted) / (len(wanted) * self.seconds) if wanted and self.seconds else 0.0
 
-    def write_chrome_trace(self, path: Path, pid: int, process: str, clock_offset_s: float = 0.0) -> None:
-        """Write Chrome/Perfetto JSON, one track a lane. `clock_offset_s` is added to all times."""
-        tracks = {lane: tid for tid, lane in enumerate(dict.fromkeys(s.lane for s in self.spans))}
-        events: list[dict] = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}}]
-        events += [
-            {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}}
-            for lane, tid in tracks.items()
-        ]
-        events += [
-            {
-                "ph": "X",
-                "name": s.name,
-                "cat": s.lane,
-                "pid": pid,
-                "tid": tracks[s.lane],
-                "ts": (s.start + clock_offset_s) * 1e6,
-                "dur": (s.end - s.start) * 1e6,
-            }
-            for s in self.spans
-        ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+class Meter:
+    """Seconds of work by lane, since the start. Cheap enough to be always on; `timeline` keeps each span as well.
+
+    Every lane has one thread that records for it, so none of them needs a lock.
+    """
+
+    def __init__(self, timeline: Timeline | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.timeline = timeline
+
+    def record(self, lane: str, name: str, start: float, end: float) -> None:
+        """A `Recorder`. Votes are left out of the seconds: what takes time there is waiting for the slowest rank."""
+        if name != "vote":
+            self.seconds[lane] = self.seconds.get(lane, 0.0) + end - start
+        if self.timeline is not None:
+            self.timeline.record(lane, name, start, end)

@@ -278,9 +278,11 @@ class Checkpoints:
 
 def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
     """Copy a stage's weights from `store`, which checks names and shapes."""
-    unit, tensors = -1, {}
+    unit = -1
+    tensors: dict[str, Tensor] = {}
     for index, tensor in enumerate(optimizer.tensors):
         if tensor.unit != unit:
+            tensors = {}  # of the unit before: never two at once
             unit, tensors = tensor.unit, store.read_unit(tensor.unit)
         optimizer.set_weight(index, tensors[tensor.name])
 

@@ -122,6 +122,13 @@ class ScheduleFlags:
         choices=("allreduce", "zero1"),
     )
     bucket_mb: float = _flag(32.0, "MB of gradients that replicas sum at once, while others are being computed")
+    recompute: str = _flag(
+        "none",
+        "compute again in the backward, to hold less: whole blocks, or all of them but matrix products and attention "
+        "(selective); gradients are the same, and each rank may choose for itself",
+        choices=("none", "block", "selective"),
+        agree=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class WatchFlags:
     """watching"""
 
     train_log_backend: str = _flag(
-        "print", "where rank 0 sends metrics besides metrics.jsonl", choices=("print", "wandb")
+        "print", "where rank 0 sends metrics besides metrics.jsonl: print, wandb, tensorboard, or several by commas"
     )
     project_name: str = _flag("farspan", "wandb project; WANDB_NAME names the run")
     log_steps: int = _flag(
@@ -149,7 +156,7 @@ class WatchFlags:
     )
     profiling: str = _flag(
         "no-profiling",
-        "tidy_profiling writes a Chrome/Perfetto trace of each rank",
+        "tidy_profiling writes one Chrome/Perfetto trace of all ranks and a picture of one step",
         choices=("no-profiling", "tidy_profiling"),
     )
     debug: bool = _flag(False, "show tracebacks", agree=False)
@@ -171,6 +178,7 @@ class EvaluationFlags:
 GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
+LOG_BACKENDS = ("print", "wandb", "tensorboard")
 SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
@@ -199,6 +207,10 @@ class Config(
     def lr_floor(self) -> float:
         """--min-lr as a share of the peak."""
         return self.min_lr / self.lr if self.lr else 0.0
+
+    @property
+    def log_backends(self) -> list[str]:
+        return list(dict.fromkeys(name.strip() for name in self.train_log_backend.split(",")))
 
     @property
     def checkpoints(self) -> Path:
@@ -391,6 +403,8 @@ def validate(config: Config) -> None:
     refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
     _validate_checkpoints(c, refuse)
     _validate_evaluation(c, refuse)
+    for name in c.log_backends:
+        refuse(name not in LOG_BACKENDS, f"--train-log-backend {name!r} is none of {', '.join(LOG_BACKENDS)}")
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be in [0, 1)")
 

@@ -10,18 +10,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import Config, ConfigError
+from .backends import open_backends
+from .config import Config
 
 
 class Metrics:
-    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`, and `eval_loss, eval_perplexity`
-    where one followed it.
+    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`, what `Usage.row` adds, and
+    `eval_loss, eval_perplexity` where an evaluation followed it.
 
     With --fp16 also `loss_scale` (that of this update) and `skipped` (updates so far that overflowed and left the
     weights alone; their `grad_norm` is null, since JSON has no word for infinity).
 
-    `step` counts accumulation steps, `tokens` all tokens since the run's first step. Rows past `start_step`, left by a
-    run that went on after its last checkpoint, are dropped first.
+    `step` counts accumulation steps, `tokens` all tokens since the run's first step. A row may have any further keys,
+    and rows without a loss (of an evaluation, say) may come between: they go to the file and to every backend. Rows
+    past `start_step`, left by a run that went on after its last checkpoint, are dropped first.
     """
 
     def __init__(self, config: Config, start_step: int) -> None:
@@ -30,7 +32,7 @@ class Metrics:
         kept = _rows_until(path, start_step)
         path.write_text("".join(kept))
         self._file = path.open("a")
-        self._wandb = _start_wandb(config) if config.train_log_backend == "wandb" else None
+        self._backends = open_backends(config, start_step)
         self._bar = tqdm(
             total=config.total_steps,
             initial=start_step,
@@ -40,19 +42,21 @@ class Metrics:
             file=sys.stderr,
         )
         self._evaluated = ""
-        self.first_loss: float | None = json.loads(kept[0])["loss"] if kept else None
-        self.last_loss: float | None = json.loads(kept[-1])["loss"] if kept else None
+        losses = [row["loss"] for row in map(json.loads, kept) if "loss" in row]
+        self.first_loss: float | None = losses[0] if losses else None
+        self.last_loss: float | None = losses[-1] if losses else None
 
     def write(self, row: dict[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        for backend in self._backends:
+            backend.write(row)
+        if "loss" not in row:
+            return
         if self.first_loss is None:
             self.first_loss = row["loss"]
         self.last_loss = row["loss"]
-        if self._wandb is not None:
-            # With commit, the row is written down now instead of when the next one comes.
-            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"], commit=True)
         if "eval_loss" in row:
             held_out = f"{row['eval_loss']:.4f} (perplexity {row['eval_perplexity']:.2f})"
             self._evaluated = f", held out {held_out}"
@@ -66,7 +70,7 @@ class Metrics:
         if every and row["step"] % every == 0:
             self.say(
                 f"step {row['step']}/{self._config.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.3e}  "
-                f"grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s"
+                f"grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s{_further(row)}"
             )
 
     def say(self, line: str) -> None:
@@ -76,8 +80,8 @@ class Metrics:
     def close(self, exit_code: int = 0) -> None:
         self._bar.close()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        for backend in self._backends:
+            backend.close(exit_code)
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
@@ -94,16 +98,10 @@ def _rows_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _start_wandb(config: Config) -> Any:  # noqa: ANN401 - wandb is imported only where it is used
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb") from error
+_TOLD = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s"}
 
-    return wandb.init(
-        project=config.project_name,
-        dir=config.checkpoints,
-        config=config.public(),
-        # By default up to 15 s of rows are lost when the process is killed.
-        settings=wandb.Settings(x_transaction_log_flush_interval=0.2, x_disable_stats=True, console="off"),
-    )
+
+def _further(row: dict[str, Any]) -> str:
+    """The rest of a row for the printed line: its plain numbers, without what is by stage or task ("…/…")."""
+    numbers = {k: v for k, v in row.items() if k not in _TOLD and "/" not in k and isinstance(v, int | float)}
+    return "".join(f"  {key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())

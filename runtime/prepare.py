@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from ..pipeline.partition import even_split, explicit_split, fixed_split
 from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
+from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError, validate_length
 from .milestones import steps_of_epochs
@@ -124,6 +124,7 @@ def share_threads(meeting: Rendezvous) -> str:
 
 def open_tokenizer(config: Config, spec: ModelSpec) -> Encode:
     """Rank 0's tokenizer. Raises `ConfigError`."""
+    check_backends(config)
     name = config.tokenizer_name or config.model_name
     import transformers  # late: only rank 0 needs it, and it takes seconds
 
@@ -144,9 +145,7 @@ def open_tokenizer(config: Config, spec: ModelSpec) -> Encode:
 
 
 def open_mixture(config: Config, encode: Encode) -> TaskMixture:
-    """Rank 0's tasks. Raises `ConfigError` or `DataError`."""
-    if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
+    """Rank 0's tasks. Raises `DataError`."""
     return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
 
 

@@ -27,7 +27,7 @@ from ..pipeline.replicas import Replicas
 from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
-from ..pipeline.timeline import Timeline
+from ..pipeline.timeline import Meter, Timeline
 from .astest import export, shortened
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
@@ -52,8 +52,10 @@ from .prepare import (
     share_threads,
     versions,
 )
+from .profiling import Profile
 from .tasks import DataError
 from .trainer import STOPPED, Diverged, Trainer, Vote
+from .usage import Usage
 from .wiring import connect
 
 EXPECTED = (
@@ -189,7 +191,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     encode = open_tokenizer(config, spec) if config.rank == 0 else None
     mixture = open_mixture(config, encode) if encode is not None else None
     dtype = compute_dtype(config)
-    stage = Stage(spec, units, dtype=dtype, device=device)
+    stage = Stage(spec, units, dtype=dtype, device=device, recompute=config.recompute)
     optimizer = Optimizer(stage, config, place.replica)
     checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout, config.keep_checkpoints)
     progress = fill(config, spec, store, stage, optimizer, checkpoints)
@@ -208,12 +210,15 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
             )  # fmt: skip
         return
 
-    timeline = Timeline() if config.profiling == "tidy_profiling" else None
-    record = timeline.record if timeline is not None else None
+    meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
+    record = meter.record
     held_out = open_held_out(config, topology, encode) if encode is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     evaluated = meeting.exchange("loaded", held_out and held_out.size, config.wire_timeout)[0]
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
+    profile = None
+    if meter.timeline is not None:
+        profile = Profile(meter.timeline, wires, topology, config.rank, config.wire_timeout)
     tied = optimizer.tied_gradient
     replicas = Replicas(
         optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout, sharded=optimizer.sharded
@@ -250,22 +255,21 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         record=record,
         evaluate=evaluation.loss if evaluation is not None else None,
         scaler=LossScaler.of(config, progress.scaler),
+        usage=Usage(meter, device, topology),
     )
     if config.rank == 0:
         log.info("training starts %.1f s after the process", time.time() - born)
     signals.training = True
     progress, early = trainer.run(progress)
     feed.close()
+    if profile is not None:
+        profile.write(config.checkpoints / "traces")
     wires.close()
     if metrics is not None:
         metrics.close()
         _summary(progress, early, metrics, config)
     if config.as_test and not early:
         _end_test(progress, config, meeting)
-    if timeline is not None:
-        path = config.checkpoints / "traces" / f"rank{config.rank}.json"
-        # perf_counter's zero differs from machine to machine; the wall clock is common, as far as clocks agree.
-        timeline.write_chrome_trace(path, config.rank, f"rank {config.rank}", time.time() - time.perf_counter())
 
 
 def _save(

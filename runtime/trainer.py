@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from .milestones import enough, evaluates, judge, perplexity, saves
 from .optim import Optimizer, clip_factor
 from .precision import LossScaler
 from .schedules import lr_share
+from .usage import Usage
 
 STOPPED = "stopped, to be resumed by the same command,"
 
@@ -36,11 +37,12 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks found out together about one update."""
+    """What all ranks found out together about one update. `told`: what each rank had to tell, by rank."""
 
     norm: float
     loss_sum: float
     stop: bool
+    told: list[list[float]]
 
 
 class Vote:
@@ -49,21 +51,37 @@ class Vote:
     def __init__(self, world: Group | None, lane: Lane, timeout_s: float) -> None:
         self._world, self._lane, self._timeout_s = world, lane, timeout_s
 
-    def cast(self, step: int, square_sum: float, loss_sum: float, stop: bool, scale: float = 1.0) -> Verdict:
-        """Raises `Mismatch` if the ranks are not at the same step, or have not the same loss scale."""
-        votes = torch.tensor([square_sum, loss_sum, float(stop), float(step), scale, 1.0], dtype=torch.float64)
+    def cast(
+        self,
+        step: int,
+        square_sum: float,
+        loss_sum: float,
+        stop: bool,
+        scale: float = 1.0,
+        tell: Sequence[float] = (),
+    ) -> Verdict:
+        """`tell`: further numbers of this rank, as many on each.
+
+        Raises `Mismatch` if the ranks are not at the same step, or have not the same loss scale.
+        """
+        size, place = (self._world.size, self._world.members.index(self._world.rank)) if self._world else (1, 0)
+        sums = torch.tensor([square_sum, loss_sum, float(stop), float(step), scale, 1.0], dtype=torch.float64)
+        slots = torch.zeros(size, len(tell), dtype=torch.float64)  # each rank fills its own: the sum gathers them
+        slots[place] = torch.tensor(tell, dtype=torch.float64)
+        votes = torch.cat([sums, slots.flatten()])
         if self._world is not None:
             world = self._world
             self._lane.submit(
                 lambda: world.all_reduce(votes, timeout_s=self._timeout_s, operation=f"voting on step {step}"),
                 label="vote",
             ).get()
-        squares, loss, stops, steps, scales, ranks = votes.tolist()
+        squares, loss, stops, steps, scales, ranks = votes[: len(sums)].tolist()
         if steps != step * ranks:
             raise Mismatch(f"ranks are at different steps: this one at {step}, the mean is {steps / ranks}")
         if not math.isclose(scales, scale * ranks):
             raise Mismatch(f"ranks have different loss scales: this one {scale}, the mean is {scales / ranks}")
-        return Verdict(math.sqrt(squares) / scale, loss, stops > 0)
+        told = votes[len(sums) :].view(size, len(tell)).tolist()
+        return Verdict(math.sqrt(squares) / scale, loss, stops > 0, told)
 
 
 @dataclass
@@ -71,7 +89,8 @@ class Trainer:
     """Runs updates until the last, or until some rank is told to stop.
 
     `borrowed` is the gradient that another stage counts; `save` writes a checkpoint; `metrics` is rank 0's alone;
-    `evaluate` takes the number of updates done and gives the held-out loss.
+    `evaluate` takes the number of updates done and gives the held-out loss; `usage` adds to the metrics how the
+    machines are used.
     """
 
     config: Config
@@ -90,6 +109,7 @@ class Trainer:
     record: Recorder | None = None
     evaluate: Callable[[int], float] | None = None
     scaler: LossScaler | None = None
+    usage: Usage | None = None
 
     def run(self, progress: Progress) -> tuple[Progress, str]:
         """Train from `progress` on. Returns where the run stands at its end, and why that came before its last update,
@@ -108,7 +128,8 @@ class Trainer:
                     self.replicas.overlap(self.lane)
                 loss_sum += float(self.executor.step(batch, seed, scale))
             self.lane.submit(self.replicas.reduce, label="reduce").get()
-            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), scale)
+            tell = self.usage.take() if self.usage is not None else ()
+            verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), scale, tell)
             finite = math.isfinite(verdict.norm) and math.isfinite(verdict.loss_sum)
             if self.scaler is not None:
                 self.scaler.update(finite)
@@ -127,7 +148,7 @@ class Trainer:
                     self.optimizer.take(weights)
             end = time.perf_counter()
             if self.record is not None:
-                self.record("optimizer", "update", updating, end)
+                self.record("optimizer", f"update {update + 1}", updating, end)
             progress = replace(
                 progress,
                 step=progress.step + c.gradient_accumulate_step,
@@ -147,7 +168,8 @@ class Trainer:
             if self.metrics is not None:
                 row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
                 scaling = {"loss_scale": scale, "skipped": progress.skipped} if self.scaler is not None else {}
-                self.metrics.write({**row, **scaling, **held_out})
+                used = self.usage.row(verdict.told) if self.usage is not None else {}
+                self.metrics.write({**row, **used, **scaling, **held_out})
             # The best so far is always saved. What was evaluated and what is saved are the same weights.
             if saves(c, progress.step) or reason or progress.best_step == progress.step:
                 self.save(progress)

@@ -29,7 +29,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 # Room → the only files outside it, but for tests and benchmarks, that may import it.
 ENTRY_SCRIPTS = {"runtime": "dist_train.py", "converters": "converters/convert_*.py"}
 # Imported where they are used, never because a room's file was imported.
-HEAVY = ("wandb", "transformers", "datasets", "cupy", "bitsandbytes")
+HEAVY = ("wandb", "transformers", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
 
 
 class Import(NamedTuple):

@@ -1,12 +1,9 @@
-"""What a timeline tells about its spans, and the trace that a browser reads."""
+"""What a timeline tells about its spans, and the seconds that a meter counts."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-from farspan.pipeline.timeline import Timeline
+from farspan.pipeline.timeline import Meter, Timeline
 
 
 @pytest.fixture
@@ -36,31 +33,12 @@ def test_an_empty_timeline_has_no_seconds_and_no_bubble() -> None:
     assert empty.bubble(["forward"]) == 0.0
 
 
-def test_the_chrome_trace(timeline: Timeline, tmp_path: Path) -> None:
-    path = tmp_path / "traces" / "rank3.json"
-    timeline.write_chrome_trace(path, 3, "rank 3", clock_offset_s=100.0)
-    trace = json.loads(path.read_text())
-    assert trace["displayTimeUnit"] == "ms"
-    events = trace["traceEvents"]
-    assert {event["pid"] for event in events} == {3}
-
-    named = [event for event in events if event["ph"] == "M"]
-    assert [event["args"]["name"] for event in named if event["name"] == "process_name"] == ["rank 3"]
-    tracks = {event["args"]["name"]: event["tid"] for event in named if event["name"] == "thread_name"}
-    assert tracks.keys() == {"forward", "send", "backward"}
-    assert len(set(tracks.values())) == 3
-
-    work = [event for event in events if event["ph"] == "X"]
-    assert len(named) + len(work) == len(events)
-    assert [(e["name"], e["cat"], e["tid"]) for e in work] == [
-        ("0F0", "forward", tracks["forward"]),
-        ("0SEND_F0", "send", tracks["send"]),
-        ("0F1", "forward", tracks["forward"]),
-        ("0B0", "backward", tracks["backward"]),
-    ]
-    assert [(e["ts"], e["dur"]) for e in work] == [  # microseconds
-        (110e6, 1e6),
-        (111e6, 0.5e6),
-        (111e6, 1e6),
-        (115e6, 3e6),
-    ]
+def test_a_meter_counts_seconds_by_lane_and_leaves_votes_out() -> None:
+    timeline = Timeline()
+    for meter in (Meter(), Meter(timeline)):
+        meter.record("forward", "0F0", 1.0, 1.5)
+        meter.record("forward", "0F1", 2.0, 2.25)
+        meter.record("gradients", "reduce", 3.0, 4.0)
+        meter.record("gradients", "vote", 4.0, 9.0)
+        assert meter.seconds == {"forward": 0.75, "gradients": 1.0}
+    assert [span.name for span in timeline.spans] == ["0F0", "0F1", "reduce", "vote"]

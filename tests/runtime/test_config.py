@@ -63,6 +63,8 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--dist-backend cupy_nccl", "--dist-backend cupy_nccl is not supported"),
         ("--lr -1", "--lr -1.0 must not be negative"),
         ("--seq-length 1", "--seq-length 1 must be at least 2"),
+        ("--train-log-backend print,csv", "--train-log-backend 'csv' is none of print, wandb, tensorboard"),
+        ("--recompute some", "--recompute"),
         ("--pp-ahead 0", "--pp-ahead 0 must be at least 1"),
         ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
         ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),

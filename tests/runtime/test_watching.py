@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,10 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from farspan.comm.lane import ThreadLane
+from farspan.comm.topology import Topology
+from farspan.pipeline.executor import Edges
+from farspan.pipeline.timeline import Timeline
+from farspan.runtime.backends import check_backends
+from farspan.runtime.config import Config, ConfigError, parse
+from farspan.runtime.feed import Ends
+from farspan.runtime.metrics import Metrics
+from farspan.runtime.picture import COLOURS
+from farspan.runtime.profiling import Profile
+from farspan.runtime.wiring import Wires
 from launch import Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s"]
+USAGE = [f"{name}{stage}" for name in ("bubble", "wire", "peak_memory_gib") for stage in ("", "/stage0", "/stage1")]
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 
@@ -24,13 +37,18 @@ def test_metrics_of_every_update(flags: Flags, tmp_path: Path) -> None:
     with Run(2, 2, flags(total_steps=8, gradient_accumulate_step=2, warmup_steps=1, lr=0.5e-3, log_steps=2)) as run:
         run.succeed()
     rows = read_metrics(tmp_path / "ck")
-    assert [list(row) for row in rows] == [KEYS] * 4
+    assert [list(row) for row in rows] == [KEYS + USAGE] * 4
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert [row["tokens"] for row in rows] == [2 * 2 * 4 * 16 * n for n in (1, 2, 3, 4)]
     # Up over one update, then down: the last update is at a third of the peak and 0 comes next.
     assert [row["lr"] for row in rows] == pytest.approx([0, 0.5e-3, 0.5e-3 * 2 / 3, 0.5e-3 / 3])
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(256 / row["step_s"])
+        assert all(0 <= row[key] <= 1 for key in USAGE if "memory" not in key)
+        assert row["bubble"] == pytest.approx((row["bubble/stage0"] + row["bubble/stage1"]) / 2)
+        assert row["bubble"] < 1
+        assert row["wire"] > 0
+        assert 0.01 < row["peak_memory_gib"] == max(row["peak_memory_gib/stage0"], row["peak_memory_gib/stage1"]) < 8
     err = run.err(0)
     assert f"step 4/8  loss {rows[1]['loss']:.4f}" in err
     assert "step 2/8  loss" not in err  # --log-steps 2
@@ -98,17 +116,154 @@ def test_a_killed_run_loses_at_most_a_second_of_wandb(flags: Flags, tmp_path: Pa
     assert sum(lost) <= 1.0
 
 
-def test_the_trace_shows_every_lane(flags: Flags, tmp_path: Path) -> None:
-    with Run(2, 2, flags(profiling="tidy_profiling", total_steps=3)) as run:
+needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="no tensorboard")
+
+
+@needs_wandb
+@needs_tensorboard
+def test_several_backends_get_the_same_rows(flags: Flags, tmp_path: Path) -> None:
+    told = flags(train_log_backend="print,wandb, tensorboard", total_steps=4, checkpoint_steps=2)
+    with Run(2, 1, told, env={"WANDB_MODE": "offline"}) as run:
         run.succeed()
+    (tmp_path / "ck" / "latest").write_text("2")  # go on from there: steps 3 and 4 are done anew
+    with Run(2, 1, told, env={"WANDB_MODE": "disabled"}) as run:
+        run.succeed()
+    rows = read_metrics(tmp_path / "ck")
+    items, _ = wandb_rows(tmp_path / "ck")
+    assert items[-1].keys() >= set(KEYS + USAGE)
+    assert [item["step"] for item in items] == [1, 2, 3, 4]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "ck" / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == set(KEYS + USAGE) - {"step"}
+    for key in ("loss", "lr", "peak_memory_gib/stage1"):
+        found = events.Scalars(key)
+        assert [event.step for event in found] == [1, 2, 3, 4]
+        assert [event.value for event in found] == pytest.approx([row[key] for row in rows])
+
+
+@needs_tensorboard
+def test_rows_of_any_shape_reach_the_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other parts of a run add to a row, or write as a row of their own, needs nothing done here."""
+    config = config_of("tensorboard", tmp_path)
+    metrics = Metrics(config, 0)
+    said: list[str] = []
+    monkeypatch.setattr(metrics, "say", said.append)
+    base = dict(zip(KEYS, (1, 2.0, 0.1, 1.0, 64, 10.0, 6.4), strict=True))
+    metrics.write({**base, "loss_scale": 1024, "tasks": {"a": {"share": 0.25}}, "note": "text"})
+    metrics.write({"step": 1, "eval_loss": 1.5})
+    metrics.close()
+    assert (metrics.first_loss, metrics.last_loss) == (2.0, 2.0)
+    assert "loss scale 1024" in said[0]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {*KEYS[1:], "loss_scale", "tasks/a/share", "eval_loss"}
+    again = Metrics(config_of("print", tmp_path), 1)
+    again.close()
+    assert again.last_loss == 2.0
+    assert [row.get("eval_loss") for row in read_metrics(tmp_path)] == [None, 1.5]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_an_absent_package_is_named_before_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else object())
+    with pytest.raises(ConfigError, match=f"--train-log-backend {name} needs the package: pip install {name}"):
+        check_backends(config_of(f"print,{name}", tmp_path))
+
+
+def config_of(backends: str, folder: Path) -> Config:
+    told = ["--train-log-backend", backends, "--checkpoint-path", str(folder), "--total-steps", "4", "--log-steps", "1"]
+    return parse(told, {})[0]
+
+
+class Trace:
+    """What trace.json says, by rank."""
+
+    def __init__(self, folder: Path) -> None:
+        told = json.loads((folder / "traces" / "trace.json").read_text())
+        self.metadata = told["otherData"]
+        self.ranks = {event["pid"] for event in told["traceEvents"]}
+        self._meta = [event for event in told["traceEvents"] if event["ph"] == "M"]
+        self._work = [event for event in told["traceEvents"] if event["ph"] == "X"]
+
+    def lanes(self, rank: int) -> list[str]:
+        """In the order in which they are shown."""
+        events = [event for event in self._meta if event["name"] == "thread_name" and event["pid"] == rank]
+        return [event["args"]["name"] for event in sorted(events, key=lambda event: event["tid"])]
+
+    def spans(self, rank: int, lane: str) -> list[dict[str, Any]]:
+        tid = self.lanes(rank).index(lane)
+        return [event for event in self._work if (event["pid"], event["tid"]) == (rank, tid)]
+
+
+def test_one_trace_shows_every_lane_of_all_ranks(flags: Flags, tmp_path: Path) -> None:
+    """Each rank has a folder of its own, as on hosts without a common file system."""
+    by_rank = {rank: {"checkpoint_path": tmp_path / f"host{rank}"} for rank in (1, 2, 3)}
+    with Run(2, 2, flags(profiling="tidy_profiling", total_steps=3), by_rank=by_rank) as run:
+        run.succeed()
+    assert not list(tmp_path.glob("host*/traces"))
+    trace = Trace(tmp_path / "ck")
+    assert trace.ranks == {0, 1, 2, 3}
     for rank in range(4):
-        trace = json.loads((tmp_path / "ck" / "traces" / f"rank{rank}.json").read_text())["traceEvents"]
-        lanes = {event["args"]["name"] for event in trace if event["name"] == "thread_name"}
-        wire = {"forward send", "backward receive"} if rank % 2 == 0 else {"forward receive", "backward send"}
-        assert {"forward", "backward", "gradients", "optimizer", *wire} <= lanes
-        forwards = [event for event in trace if event.get("cat") == "forward"]
-        assert len(forwards) == 3 * 2  # steps × micro-batches
-        assert {event["name"] for event in forwards} == {f"{rank % 2}F0", f"{rank % 2}F1"}
+        first = rank % 2 == 0
+        receive, send = ("backward receive", "forward send") if first else ("forward receive", "backward send")
+        order = [receive, "forward", send, "backward", "gradients", "optimizer"]
+        assert trace.lanes(rank)[: len(order)] == order
+        assert [span["name"] for span in trace.spans(rank, "forward")] == [f"{rank % 2}F0", f"{rank % 2}F1"] * 3
+        assert [span["name"] for span in trace.spans(rank, "optimizer")] == ["update 1", "update 2", "update 3"]
+        assert len(trace.spans(rank, receive)) == len(trace.spans(rank, send)) == 3 * 2
+
+
+def test_the_ranks_are_on_one_clock(flags: Flags, tmp_path: Path) -> None:
+    with Run(3, 1, flags(profiling="tidy_profiling", total_steps=3)) as run:
+        run.succeed()
+    trace = Trace(tmp_path / "ck")
+    uncertainty_us = trace.metadata["clock_uncertainty_us"]
+    assert uncertainty_us.keys() == {"rank 0", "rank 1", "rank 2"}
+    assert uncertainty_us["rank 0"] == 0 < uncertainty_us["rank 1"]
+    for rank in (1, 2):
+        slack = uncertainty_us[f"rank {rank}"] + uncertainty_us[f"rank {rank - 1}"] + 0.01
+        before, after = trace.spans(rank - 1, "forward"), trace.spans(rank, "forward")
+        for cause, effect in zip(before, after, strict=True):  # no micro-batch arrives before it left
+            assert effect["ts"] >= cause["ts"] + cause["dur"] - slack
+
+
+def test_a_stopped_run_leaves_its_trace(flags: Flags, tmp_path: Path) -> None:
+    told = flags(profiling="tidy_profiling", total_steps=100_000)
+    with Run(2, 1, told) as run:
+        run.wait_for_step(3)
+        run.signal(1, signal.SIGTERM)
+        run.succeed()
+    trace = Trace(tmp_path / "ck")
+    done = len(read_metrics(tmp_path / "ck"))
+    assert [len(trace.spans(rank, "optimizer")) for rank in (0, 1)] == [done, done]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_picture_of_one_step(flags: Flags, tmp_path: Path) -> None:
+    with Run(1, 2, flags(profiling="tidy_profiling")) as run:
+        run.succeed()
+    from matplotlib.image import imread
+
+    pixels = imread(tmp_path / "ck" / "traces" / "step.png")
+    seen = {tuple(pixel) for pixel in (pixels[..., :3] * 255).round().astype(int).reshape(-1, 3)}
+    for kind in ("forward", "backward", "gradients", "optimizer"):
+        assert tuple(bytes.fromhex(COLOURS[kind][1:])) in seen, kind
+
+
+def test_without_matplotlib_there_is_a_trace_and_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None)
+    lane, timeline = ThreadLane("gradients"), Timeline()
+    timeline.record("forward", "0F0", 1.0, 2.0)
+    wires = Wires(Edges(), Ends({}, {}), None, None, None, lane, lane)
+    with caplog.at_level(logging.INFO, logger="farspan"):
+        Profile(timeline, wires, Topology(1, 1), 0, 5.0).write(tmp_path / "ck" / "traces")
+    assert "needs the package matplotlib" in caplog.text
+    assert len(Trace(tmp_path / "ck").spans(0, "forward")) == 1
+    assert not (tmp_path / "ck" / "traces" / "step.png").exists()
 
 
 def test_messages_travel_while_the_stages_compute(flags: Flags, tmp_path: Path) -> None:
@@ -116,13 +271,12 @@ def test_messages_travel_while_the_stages_compute(flags: Flags, tmp_path: Path) 
     told = flags(profiling="tidy_profiling", total_steps=2, batch_size=8, micro_batch_size=2, net_interface="lo")
     with Run(2, 1, told) as run:
         run.succeed()
-    trace = json.loads((tmp_path / "ck" / "traces" / "rank1.json").read_text())["traceEvents"]
-    spans = {lane: [e for e in trace if e.get("cat") == lane] for lane in ("forward receive", "forward")}
+    trace = Trace(tmp_path / "ck")
+    assert trace.lanes(1).index("forward receive") != trace.lanes(1).index("forward")
     for step in range(2):
-        received = spans["forward receive"][4 * step + 1]
-        computed = spans["forward"][4 * step]
-        assert received["ts"] < computed["ts"] + computed["dur"]
-        assert received["tid"] != computed["tid"]
+        received, computed = trace.spans(1, "forward receive")[4 * step + 1], trace.spans(1, "forward")[4 * step]
+        assert received["args"]["posted"] < computed["ts"] + computed["dur"]
+        assert received["args"]["posted"] <= received["ts"]
 
 
 def test_threads_are_shared_out(flags: Flags) -> None:
