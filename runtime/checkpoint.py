@@ -44,7 +44,8 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor; the best evaluation
-    (loss, step) and how many have come since that did not improve on it; with --nepochs, the sequences of one epoch."""
+    (loss, step) and how many have come since that did not improve on it; with --nepochs, the sequences of one epoch;
+    the digest of the held-out text."""
 
     step: int = 0
     updates: int = 0
@@ -54,6 +55,7 @@ class Progress:
     best_step: int | None = None
     waited: int = 0
     epoch_sequences: int | None = None
+    held_out: int | None = None
 
 
 def folder_of(root: Path, step: int) -> Path:
