@@ -7,6 +7,7 @@ edges. A target weighs the same wherever it stands: the sum over all targets is 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +28,12 @@ from .trainer import Diverged, Vote
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rank 0's evaluation set: [batches, replicas, rows, T] tokens and labels, int32."""
+    """Rank 0's evaluation set: [batches, replicas, rows, T] tokens and labels, int32. `digest` names its text,
+    however it is cut into batches."""
 
     tokens: Tensor
     labels: Tensor
+    digest: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,7 +71,9 @@ def open_held_out(config: Config, topology: Topology, encode: Encode) -> HeldOut
     filled[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
     labels = shift_labels(filled.view(-1, length))
     labels.view(-1)[max(len(tokens) - 1, 0) :] = IGNORED
-    held_out = HeldOut(filled.view(batches, *shape), labels.view(batches, *shape))
+    held_out = HeldOut(
+        filled.view(batches, *shape), labels.view(batches, *shape), zlib.crc32(filled[: len(tokens)].numpy().data)
+    )
     if held_out.size[1] == 0:
         raise DataError(f"--evaluation-data: {path} holds no token that follows another")
     return held_out

@@ -36,6 +36,14 @@ def saves(config: Config, step: int) -> bool:
     return _reached(config, step, config.checkpoint_steps)
 
 
+def compared_on(progress: Progress, digest: int) -> Progress:
+    """`progress`, forgetting a best that was found on another held-out text than `digest`'s: the numbers do not
+    compare."""
+    if progress.held_out in (None, digest):
+        return replace(progress, held_out=digest)
+    return replace(progress, held_out=digest, best_loss=None, best_step=None, waited=0)
+
+
 def judge(progress: Progress, loss: float) -> Progress:
     """`progress` with what the evaluation at its step says of the best one so far."""
     if progress.best_loss is None or loss < progress.best_loss:

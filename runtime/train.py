@@ -34,7 +34,7 @@ from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
 from .feed import Feed
 from .metrics import Metrics
-from .milestones import enough, perplexity
+from .milestones import compared_on, enough, perplexity
 from .optim import Optimizer
 from .precision import LossScaler, compute_dtype
 from .prepare import (
@@ -198,6 +198,12 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
+    held_out = open_held_out(config, topology, encode) if encode is not None else None
+    # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
+    facts = (*held_out.size, held_out.digest) if held_out is not None else None
+    facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]
+    if facts is not None:
+        progress = compared_on(progress, facts[2])
     if reason := enough(config, progress):
         if config.rank == 0:
             log.info("%s: nothing to do: %s", folder_of(config.checkpoints, progress.step), reason)
@@ -212,9 +218,6 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
 
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
     record = meter.record
-    held_out = open_held_out(config, topology, encode) if encode is not None else None
-    # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
-    evaluated = meeting.exchange("loaded", held_out and held_out.size, config.wire_timeout)[0]
     wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
     profile = None
     if meter.timeline is not None:
@@ -232,10 +235,10 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     tokenizer = Path(config.tokenizer_name or config.model_name)
     vote = Vote(wires.world, wires.collectives, config.wire_timeout)
     evaluation = None
-    if evaluated is not None:
+    if facts is not None:
         row = lower(make_evaluation_plan(config))[place.stage]
         executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
-        evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, evaluated, held_out)
+        evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
     trainer = Trainer(
         config,
         topology,

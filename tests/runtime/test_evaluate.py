@@ -75,6 +75,7 @@ def test_every_target_counts_once(tmp_path: Path, length: int, rows: int, replic
     for at, label in enumerate(labels):
         assert label in (IGNORED, flat[min(at + 1, len(flat) - 1)])
     assert made.size == (-(-len(cut) // (rows * replicas)), len(want))
+    assert made.digest == read(path, rows=7, length=3).digest  # the text's, whatever the grid
 
 
 def test_the_number_of_batches_can_be_limited(tmp_path: Path) -> None:

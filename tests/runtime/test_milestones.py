@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from farspan.runtime.checkpoint import Progress, problem
 from farspan.runtime.config import Config
-from farspan.runtime.milestones import enough, evaluates, judge, saves, steps_of_epochs
+from farspan.runtime.milestones import compared_on, enough, evaluates, judge, saves, steps_of_epochs
 from launch import Run, read_metrics
 from tiny import make_task
 
@@ -51,6 +51,14 @@ def test_the_best_and_the_end() -> None:
     assert "--stop-perplexity 2" in enough(config, judge(progress, 0.69))
     assert enough(config, judge(progress, 0.7)) == ""
     assert enough(config, Progress()) == ""
+
+
+def test_another_held_out_text_starts_the_comparison_anew() -> None:
+    progress = compared_on(Progress(step=3), 17)
+    progress = judge(progress, 2.0)
+    assert compared_on(progress, 17) == progress
+    other = compared_on(progress, 18)
+    assert (other.step, other.held_out, other.best_loss, other.best_step, other.waited) == (3, 18, None, None, 0)
 
 
 def test_epochs_in_steps() -> None:
@@ -135,6 +143,12 @@ def test_patience_ends_all_ranks_and_survives_a_restart(
     with Run(stages, replicas, {**told, "checkpoint_path": cut, "patience": 4}) as run:
         run.succeed()
     assert len(losses(cut)) > end
+    # On another text nothing has been waited for yet.
+    other = make_task(tmp_path / "other.jsonl", lines=4, seed=10)
+    with Run(stages, replicas, {**told, "evaluation_data": other}) as run:
+        run.succeed()
+    assert losses(whole)[:end] == curve
+    assert end < len(losses(whole))
 
 
 def test_a_perplexity_ends_the_run(overfit: Flags, tmp_path: Path) -> None:
@@ -165,3 +179,33 @@ def test_taken_back_to_an_earlier_step_the_best_is_that_of_then(overfit: Flags, 
     with Run(1, 1, overfit(total_steps=1, load_step=1)) as run:
         run.succeed()
     assert number(folder / "best") == 1
+
+
+def test_a_ruined_model_is_not_saved(overfit: Flags, tmp_path: Path) -> None:
+    """The loss of the update was taken before it; the evaluation is the first to see the new weights."""
+    with Run(2, 1, overfit(lr=1e38)) as run:
+        for end in run.wait(30).values():
+            assert end.code == 1
+            assert "evaluation after update 1: the loss is nan" in end.err
+    assert not list((tmp_path / "ck").glob("checkpoint_*"))
+
+
+def test_killed_at_any_moment_the_best_is_the_same(overfit: Flags, tmp_path: Path) -> None:
+    """With little kept, while saving, evaluating and deleting: in the end all is as if it had never been killed."""
+    told = overfit(total_steps=40, checkpoint_steps=2, evaluation_steps=3, keep_checkpoints=1, lr=3e-3)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with Run(2, 1, {**told, "checkpoint_path": whole}) as run:
+        run.succeed()
+    for goal in (7, 16, 29):
+        with Run(2, 1, {**told, "checkpoint_path": cut}) as run:
+            run.wait_for_step(goal)
+    with Run(2, 1, {**told, "checkpoint_path": cut}) as run:
+        run.succeed()
+    columns = ("step", "loss", "eval_loss")
+    curves = [[[row.get(key) for key in columns] for row in read_metrics(folder)] for folder in (whole, cut)]
+    assert curves[0] == curves[1]
+    assert trainer(cut, 40) == trainer(whole, 40)
+    best = number(whole / "best")
+    for folder in (whole, cut):
+        assert number(folder / "best") == best
+        assert {path.name for path in folder.glob("checkpoint_*")} == {f"checkpoint_{best}", "checkpoint_40"}
