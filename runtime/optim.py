@@ -178,6 +178,12 @@ class Optimizer:
                 moments[name].copy_(flat[piece.start : piece.stop] if self.sharded else flat)
             moments["step"] = torch.full_like(step, updates) if isinstance(step := moments["step"], Tensor) else updates
 
+    def held_bytes(self) -> tuple[int, int]:
+        """Bytes of moments, and of fp32 weights beside the stage's own, that this process holds."""
+        moments = [v for p in self.pieces for name, v in self._own(p).items() if name != "master"]
+        masters = [p.master for p in self.pieces if self._apart]
+        return sum(x.nbytes for x in moments), sum(x.nbytes for x in masters)
+
     def _pieces(self, index: int, owned: list[tuple[int, int]]) -> list[Piece]:
         """The parts of one tensor that lie in the `owned` ranges of the flat gradients."""
         offset, size = self.gradients.offsets[index], prod(self.tensors[index].parameter.shape)
