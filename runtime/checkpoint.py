@@ -50,9 +50,9 @@ class CheckpointError(RuntimeError):
 class Progress:
     """Where a run stands: accumulation steps, updates and tokens done, and the data's cursor.
 
-    The best evaluation (loss, step), how many have come since that did not improve on it, and the digest of the held-out
-    text; with --nepochs, the sequences of one epoch. `skipped` of the updates did not touch the weights, since a gradient
-    overflowed; `scaler` is the loss scale's state.
+    The best evaluation (loss, step), how many have come since that did not improve on it, and the digest of the
+    held-out text; with --nepochs, the sequences of one epoch. `skipped` of the updates did not touch the weights, since
+    a gradient overflowed; `scaler` is the loss scale's state.
     """
 
     step: int = 0
