@@ -27,6 +27,7 @@ from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
+from ..modules.vocabulary import grow_rows
 from .optim import MOMENTS, Optimizer
 
 MANIFEST = "manifest.json"
@@ -210,12 +211,13 @@ class Checkpoints:
 
 @torch.no_grad()
 def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
-    """Copy a stage's weights from `store`, which checks names and shapes."""
+    """Copy a stage's weights from `store`, which checks names and shapes; rows of tokens it does not know are new."""
     unit, tensors = -1, {}
     for tensor, master in zip(optimizer.tensors, optimizer.masters, strict=True):
         if tensor.unit != unit:
             unit, tensors = tensor.unit, store.read_unit(tensor.unit)
-        master.copy_(tensors[tensor.name])
+        weight = tensors[tensor.name]
+        master.copy_(weight if len(weight) == len(master) else grow_rows(weight, len(master)))
     optimizer.refresh()
 
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from ..pipeline.stage import Stage
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .optim import Optimizer
-from .tasks import TaskMixture, parse_tasks
+from .tokenizer import Vocabulary
 
 log = logging.getLogger("farspan")
 
@@ -111,27 +110,17 @@ def share_threads(meeting: Rendezvous) -> str:
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
 
 
-def open_mixture(config: Config, spec: ModelSpec) -> TaskMixture:
-    """Rank 0's tokenizer and tasks. Raises `ConfigError` or `DataError`."""
+def open_vocabulary(config: Config, spec: ModelSpec) -> Vocabulary:
+    """Rank 0's tokenizer. Raises `ConfigError`."""
     if config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--train-log-backend wandb needs the package: pip install wandb")
-    name = config.tokenizer_name or config.model_name
-    import transformers  # late: only rank 0 needs it, and it takes seconds
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--tokenizer-name {name}: no tokenizer there: {str(error).splitlines()[0]}") from error
-    if len(tokenizer) > spec.vocab:
+    vocabulary = Vocabulary(config)
+    if vocabulary.known > spec.vocab:
         raise ConfigError(
-            f"--tokenizer-name {name} has {len(tokenizer)} tokens, more than the model's vocabulary of {spec.vocab}"
+            f"--tokenizer-name {vocabulary.name} has {vocabulary.known} tokens, more than the model's vocabulary of "
+            f"{spec.vocab}"
         )
-    tokenizer.model_max_length = sys.maxsize  # documents are cut into sequences later: no warning about long ones
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
-
-    return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
+    return vocabulary
 
 
 def fill(

@@ -31,6 +31,7 @@ from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of
 from .config import Config, ConfigError
 from .feed import Feed
 from .metrics import Metrics
+from .open_tasks import open_tasks
 from .optim import Optimizer
 from .prepare import (
     check_model,
@@ -39,7 +40,7 @@ from .prepare import (
     fill,
     layer_split,
     make_plan,
-    open_mixture,
+    open_vocabulary,
     pick_device,
     share_threads,
     versions,
@@ -146,7 +147,10 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
         config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, wire.name,
     )  # fmt: skip
 
-    mixture = open_mixture(config, spec) if config.rank == 0 else None
+    vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
+    # Only rank 0 has the tokenizer, and every rank must know how many tokens --special-tokens make it.
+    spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
+    mixture = open_tasks(config, vocabulary) if vocabulary else None
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     stage = Stage(spec, units, dtype=dtype, device=device)
     optimizer = Optimizer(stage, config)
@@ -171,6 +175,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
     feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
     tokenizer = Path(config.tokenizer_name or config.model_name)
+    if vocabulary is not None and vocabulary.added:
+        tokenizer = vocabulary.save(config.checkpoints / "tokenizer")
     trainer = Trainer(
         config,
         topology,
@@ -192,6 +198,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals) -> None:
     signals.training = True
     progress, stopped = trainer.run(progress)
     feed.close()
+    if mixture is not None:
+        mixture.close()
     wires.close()
     if metrics is not None:
         metrics.close()

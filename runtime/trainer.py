@@ -114,7 +114,8 @@ class Trainer:
                 data=cursor,
             )
             if self.metrics is not None:
-                self.metrics.write(_row(progress, verdict, batches[0].valid, lr, per_update, end - start))
+                row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
+                self.metrics.write({**row, "tasks": self.feed.shares})
             finished = update + 1 == c.updates
             if finished or verdict.stop or self._due(progress.step):
                 self.save(progress)
