@@ -71,7 +71,7 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     vocabulary = Vocabulary(config)
     source = open_source(specs[0], Path(config.data_cache), vocabulary.digest)
     if not isinstance(source, LineFile | Table):
-        raise DataError(f"{source.path} is tokenised already")
+        raise DataError(f"{specs[0].path} is tokenised already")
     writer = TokenWriter(output, vocabulary.size, vocabulary.digest, specs[0].loss_on == "completion")
     pool = make_pool([vocabulary.recipe(specs[0])], config)
     bad = 0
