@@ -17,6 +17,15 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.20"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "wandb>=0.20"],
+        "data": ["datasets>=4", "zstandard>=0.22"],
+        "dev": [
+            "datasets>=4",
+            "zstandard>=0.22",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "wandb>=0.20",
+        ],
     },
 )

@@ -21,6 +21,9 @@ Raw = bytes | Mapping[str, Any]
 Span = tuple[int, int]
 
 
+_decode = json.JSONDecoder().raw_decode
+
+
 class Fault(ValueError):
     """A row that cannot be used, and why."""
 
@@ -173,7 +176,14 @@ class Recipe:
 def parse(raw: bytes) -> Mapping[str, Any]:
     """One line of JSON → its object. Raises `Fault`."""
     try:
-        row = json.loads(str(raw, "utf-8"))
+        text = str(raw, "utf-8")
+        try:
+            row, end = _decode(text)  # json.loads without its search for spaces: a third of the time
+            whole = not text[end:].strip(" \t\r\n")
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            row = json.loads(text)  # spaces at its front; or it says best what is wrong
     except UnicodeDecodeError as error:
         raise Fault(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class _Block(NamedTuple):
     epoch: int
     start: int
     block: Block
+    ends: list[int]  # the block's: plain numbers, since many a row looks one up
     numbers: np.ndarray
 
 
@@ -115,19 +117,20 @@ class Task:
         """
         cursor, filled = self.cursor, 0
         while filled < len(tokens) and (current := self._at_cursor()) is not None:
-            block, first = current.block, cursor.position - current.start
-            at = (int(block.ends[first - 1]) if first else 0) + cursor.skip
+            block, ends, first = current.block, current.ends, cursor.position - current.start
+            at = (ends[first - 1] if first else 0) + cursor.skip
             # Documents without a token are passed over.
-            here = int(np.searchsorted(block.ends, at, side="right"))
-            stop = int(block.ends[-1]) if packed or here == len(block.ends) else int(block.ends[here])
+            here = bisect_right(ends, at)
+            stop = ends[-1] if packed or here == len(ends) else ends[here]
             count = min(len(tokens) - filled, stop - at)
             tokens[filled : filled + count] = block.tokens[at : at + count]
             targets[filled : filled + count] = True if block.targets is None else block.targets[at : at + count]
             filled, at = filled + count, at + count
-            after = int(np.searchsorted(block.ends, at, side="right"))
-            self._pass_over(current, first, after)
+            after = bisect_right(ends, at)
+            if block.faults:
+                self._pass_over(current, first, after)
             cursor.position = current.start + after
-            cursor.skip = at - (int(block.ends[after - 1]) if after else 0) if after < len(block.ends) else 0
+            cursor.skip = at - (ends[after - 1] if after else 0) if after < len(ends) else 0
             if cursor.position == self.source.rows:
                 cursor.epoch, cursor.position = cursor.epoch + 1, 0
             if filled and not packed:
@@ -194,7 +197,7 @@ class Task:
             )  # fmt: skip
             assert (epoch, at) == (cursor.epoch, start)
             block = made if isinstance(made, Block) else made.get()
-            self._current = _Block(epoch, at, block, numbers)
+            self._current = _Block(epoch, at, block, block.ends.tolist(), numbers)
             self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
             if self._barren >= self.source.rows:
                 raise DataError(f"{self.spec.path}: no line of it gives any token")
@@ -245,7 +248,7 @@ class TaskMixture:
         self.tasks, self._pool = list(tasks), pool
         self._length, self._seed, self._packed, self._pad = length, seed, packed, pad
         self._weights = np.array([task.spec.weight for task in self.tasks])
-        self._bounds: tuple[tuple[bool, ...], np.ndarray] = ((), self._weights)
+        self._bounds: tuple[list[bool], list[float]] = ([], [])
         self._choices: tuple[int, list[float]] = (-1, [])
         self.drawn = 0
 
@@ -274,7 +277,7 @@ class TaskMixture:
         block, place = divmod(self.drawn, CHOICES)
         if self._choices[0] != block:
             self._choices = block, np.random.default_rng([self._seed, block]).random(CHOICES).tolist()
-        exhausted = tuple(task.exhausted for task in self.tasks)
+        exhausted = [task.exhausted for task in self.tasks]
         if all(exhausted):
             raise DataError(
                 f"all tasks have been read as often as their repeats allow, after {self.drawn} sequences: "
@@ -282,8 +285,8 @@ class TaskMixture:
             )
         if self._bounds[0] != exhausted:
             left = np.where(exhausted, 0.0, self._weights)
-            self._bounds = exhausted, np.cumsum(left / left.sum())
-        choice = int(np.searchsorted(self._bounds[1], self._choices[1][place], side="right"))
+            self._bounds = exhausted, np.cumsum(left / left.sum()).tolist()
+        choice = bisect_right(self._bounds[1], self._choices[1][place])
         # The last bound may be a hair below 1.
         return choice if choice < len(exhausted) else max(i for i, out in enumerate(exhausted) if not out)
 

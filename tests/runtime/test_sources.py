@@ -86,9 +86,8 @@ def test_compressed_files_read_like_plain_ones(tmp_path: Path, kind: str, caplog
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_compressed_file_that_is_cut_off_or_broken(tmp_path: Path, suffix: str) -> None:
     content = write(tmp_path / "a.jsonl", [f"text {i * 7919 % 1000}" for i in range(3000)]).read_bytes()
-    packed = (
-        gzip.compress(content) if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress(content)
-    )
+    zstd = zstandard.ZstdCompressor(write_checksum=True)  # as the command zstd does
+    packed = gzip.compress(content) if suffix == ".gz" else zstd.compress(content)
     path = tmp_path / f"b.jsonl{suffix}"
     for harmed, reason in (
         (packed[: len(packed) // 2], "is cut off"),
@@ -150,7 +149,7 @@ def test_a_file_that_is_cut_short_ends_the_run_with_its_name(tmp_path: Path) -> 
     path = write(tmp_path / "a.jsonl", ["x" * 50] * 5000)
     made = mixture(tmp_path, str(path), 20)
     os.truncate(path, 1000)
-    with pytest.raises(DataError, match=r"a\.jsonl:\d+: the file was cut short"):
+    with pytest.raises(DataError, match=r"a\.jsonl was cut short"):
         made.draw(5000)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from farspan.modules.spec import ModelSpec
@@ -65,7 +68,7 @@ def test_what_frames_a_document(tmp_path: Path, post: str, bos: str, eos: str, w
 
 def test_a_token_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     make_model(tmp_path)
-    with pytest.raises(ConfigError, match="--eos yes, but the tokenizer .* has no eos token"):
+    with pytest.raises(ConfigError, match=r"--eos yes, but the tokenizer .* has no eos token"):
         Vocabulary(Config(tokenizer_name=str(tmp_path), eos="yes"))
 
 
@@ -88,7 +91,7 @@ def test_a_conversation_is_rendered_by_the_template(tmp_path: Path) -> None:
     assert tokens[targets].tolist() == [4, 5, 8, 3, 8]
     assert vocabulary.recipe(TaskSpec("a", messages="chat"))([row]).targets is None
     plain = Vocabulary(Config(tokenizer_name=make(tmp_path / "plain")))
-    with pytest.raises(DataError, match="needs? a tokenizer with a chat template"):
+    with pytest.raises(DataError, match="messages need a tokenizer with a chat template"):
         plain.recipe(spec)
 
 
@@ -210,3 +213,21 @@ def test_only_targets_count_on_every_grid(flags: Flags, tmp_path: Path, model: P
     tokens, targets = torch.from_numpy(drawn.tokens), torch.from_numpy(drawn.targets)
     loss = AutoModelForCausalLM.from_pretrained(model)(tokens, labels=tokens.masked_fill(~targets, -100)).loss
     assert curves[0][0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [SIGKILL, SIGTERM])
+def test_no_worker_is_left_behind(flags: Flags, number: int) -> None:
+    """Not when rank 0 is killed, and not when a launcher's SIGTERM reaches the workers too: then the run ends well."""
+    with Run(1, 1, flags(total_steps=100_000, lr=1e-3, data_workers=2)) as run:
+        run.wait_for_step(5)
+        rank = psutil.Process(run.processes[0].pid)
+        workers = [p for p in rank.children() if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        for process in (*workers, rank) if number == SIGTERM else (rank,):
+            process.send_signal(number)
+        if number == SIGTERM:
+            run.succeed(30)
+        deadline = time.monotonic() + 20
+        while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers):
+            assert time.monotonic() < deadline, "worker processes outlive the run"
+            time.sleep(0.05)
