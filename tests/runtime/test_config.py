@@ -66,6 +66,12 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
         ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be in [0, 1)"),
+        ("--task-config t.json", "--task-name and --task-config say the same thing"),
+        ("--data-workers -1", "--data-workers -1 must not be negative"),
+        ("--rows ragged", "--rows"),
+        ("--bos maybe", "--bos"),
+        ("--eos maybe", "--eos"),
+        ("--bad-lines ignore", "--bad-lines"),
     ],
 )
 def test_refusals_name_the_flag(extra: str, message: str) -> None:
