@@ -64,9 +64,10 @@ def batch_call(serialized: str, texts: list[str]) -> tuple[int, float]:
     """Tokens, and CPU seconds."""
     from tokenizers import Tokenizer
 
-    tokenizer, start, count = Tokenizer.from_str(serialized), cpu_s(), 0
+    encode = Tokenizer.from_str(serialized).encode_batch_fast  # without offsets: the faster of its two
+    start, count = cpu_s(), 0
     for at in range(0, len(texts), 256):
-        count += sum(len(one.ids) for one in tokenizer.encode_batch(texts[at : at + 256], add_special_tokens=False))
+        count += sum(len(one.ids) for one in encode(texts[at : at + 256], add_special_tokens=False))
     return count, cpu_s() - start
 
 
