@@ -13,7 +13,7 @@ from .config import Config, ConfigError
 
 
 class Metrics:
-    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`.
+    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s, tasks`.
 
     `step` counts accumulation steps, `tokens` all tokens since the run's first step. Rows past `start_step`, left by a
     run that went on after its last checkpoint, are dropped first.

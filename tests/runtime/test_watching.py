@@ -16,7 +16,7 @@ import pytest
 from launch import Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]
-KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s"]
+KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "tasks"]
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 
