@@ -18,8 +18,11 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.20"],
         "8bit": ["bitsandbytes>=0.45"],
+        "data": ["datasets>=4", "zstandard>=0.22"],
         "watching": ["wandb>=0.20", "tensorboard>=2.18", "matplotlib>=3.9"],
         "dev": [
+            "datasets>=4",
+            "zstandard>=0.22",
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.6",

@@ -7,7 +7,7 @@ rotary facts differently. Both spellings are understood, and `hf_config` writes 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,6 +109,12 @@ class ModelSpec:
             config=config,
             **values,
         )
+
+    def grown(self, vocab: int) -> Self:
+        """The same model with `vocab` tokens; itself where it has as many already."""
+        if vocab <= self.vocab:
+            return self
+        return replace(self, vocab=vocab, config={**self.config, self.facts.keys["vocab"][0]: vocab})
 
     @property
     def facts(self) -> Family:

@@ -30,6 +30,7 @@ from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
+from ..modules.vocabulary import grow_rows
 from .optim import Optimizer
 from .retention import ALL, checkpoint_steps, doomed, prune, remove, sweep
 
@@ -278,14 +279,15 @@ class Checkpoints:
 
 
 def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
-    """Copy a stage's weights from `store`, which checks names and shapes."""
+    """Copy a stage's weights from `store`, which checks names and shapes; rows of tokens it does not know are new."""
     unit = -1
     tensors: dict[str, Tensor] = {}
     for index, tensor in enumerate(optimizer.tensors):
         if tensor.unit != unit:
             tensors = {}  # of the unit before: never two at once
             unit, tensors = tensor.unit, store.read_unit(tensor.unit)
-        optimizer.set_weight(index, tensors[tensor.name])
+        weight, rows = tensors[tensor.name], len(tensor.parameter)
+        optimizer.set_weight(index, weight if len(weight) == rows else grow_rows(weight, rows))
 
 
 def _optim_file(spec: ModelSpec, unit: int) -> str:

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -72,14 +72,33 @@ class GridFlags:
 class DataFlags:
     """data"""
 
-    task_name: str = _flag(
-        "", "jsonl files with a text on each line, and weights: a.jsonl:0.2,b.jsonl:0.8", agree=False
-    )
+    task_name: str = _flag("", "tasks and their weights: a.jsonl:0.2,b.jsonl.zst:0.5,hf://org/data:0.3", agree=False)
     seq_length: int = _flag(1024, "tokens of a sequence")
     batch_size: int = _flag(32, "sequences of each replica in one accumulation step")
     micro_batch_size: int = _flag(8, "sequences that travel through the pipeline together")
     gradient_accumulate_step: int = _flag(1, "accumulation steps of one update")
     seed: int = _flag(1, "seed of the data's order, of random weights and of dropout")
+    task_config: str = _flag(
+        "", "JSON list of tasks: path, weight, text | template | messages, loss_on, repeats", agree=False
+    )
+    data_cache: str = _flag(
+        "", "folder for line indexes and what had to be decompressed [--checkpoint-path/data-cache]", agree=False
+    )
+    document_separator: str = _flag(r"\n", r"text before each document; \n and \t are understood")
+    bos: str = _flag(
+        "auto", "a token at each document's beginning; auto: as the tokenizer does", choices=("auto", "yes", "no")
+    )
+    eos: str = _flag(
+        "auto", "a token at each document's end; auto: as the tokenizer does", choices=("auto", "yes", "no")
+    )
+    rows: str = _flag(
+        "packed", "packed: documents follow one another; padded: one a sequence", choices=("packed", "padded")
+    )
+    special_tokens: str = _flag("", 'JSON file {"tokens": […]} of tokens to add to tokenizer and model', agree=False)
+    bad_lines: str = _flag("error", "what a line that cannot be used does", choices=("error", "skip"))
+    data_workers: int = _flag(
+        0, "processes that tokenise ahead of the run; 0: rank 0 does it beside its stage", agree=False
+    )
 
 
 @dataclass(frozen=True)
@@ -243,6 +262,22 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+def flag_options(f: Field[Any], kind: type | None = None) -> dict[str, Any]:
+    """What argparse needs to know of a field's flag."""
+    kind = kind or get_type_hints(Config)[f.name]
+    help = f.metadata["help"]
+    options: dict[str, Any] = {"default": f.default}
+    if f.name in SWITCHES:
+        options["action"] = "store_true"
+    else:
+        options["type"] = _bool if kind is bool else kind
+        options["choices"] = f.metadata["choices"] or None
+        options["metavar"] = None if options["choices"] else _METAVARS[kind]
+        if "[" not in help and f.default != "":
+            help += f" [{str(f.default).lower() if kind is bool else f.default}]"
+    return {**options, "help": help.replace("%", "%%")}
+
+
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="dist_train.py",
@@ -255,17 +290,7 @@ def parser() -> argparse.ArgumentParser:
         section = made.add_argument_group(group.__doc__)
         types = get_type_hints(group)
         for f in fields(group):
-            help = f.metadata["help"]
-            options: dict[str, Any] = {"default": f.default}
-            if f.name in SWITCHES:
-                options["action"] = "store_true"
-            else:
-                options["type"] = _bool if types[f.name] is bool else types[f.name]
-                options["choices"] = f.metadata["choices"] or None
-                options["metavar"] = None if options["choices"] else _METAVARS[types[f.name]]
-                if "[" not in help and f.default != "":
-                    help += f" [{str(f.default).lower() if types[f.name] is bool else f.default}]"
-            section.add_argument(f"--{_dash(f.name)}", help=help.replace("%", "%%"), **options)
+            section.add_argument(f"--{_dash(f.name)}", **flag_options(f, types[f.name]))
     return made
 
 
@@ -352,7 +377,7 @@ def validate(config: Config) -> None:
         refuse(getattr(c, name) < 1, f"--{_dash(name)} {getattr(c, name)} must be at least 1")
     for name in (
         "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
-        "loss_scale",
+        "loss_scale", "data_workers",
     ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{_dash(name)} {getattr(c, name)} must not be negative")
     refuse(
@@ -368,7 +393,9 @@ def validate(config: Config) -> None:
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
     )
     refuse(c.seq_length < 2, f"--seq-length {c.seq_length} must be at least 2: a token and the one to predict")
-    refuse(not c.task_name and c.rank == 0, "--task-name is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
+    told = bool(c.task_name) + bool(c.task_config)
+    refuse(not told and c.rank == 0, "--task-name (or --task-config) is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
+    refuse(told > 1, "--task-name and --task-config say the same thing: give one")
     refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
     refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
     refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")

@@ -6,9 +6,10 @@ edges. A target weighs the same wherever it stands: the sum over all targets is 
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..modules.loss import IGNORED, count_valid
 from ..pipeline.executor import Batch, Executor
 from .config import Config
 from .feed import Arriving, Ends, deal, shift_labels
-from .tasks import DataError, Encode, text_of
+from .tasks import DataError
 from .trainer import Diverged, Vote
 
 
@@ -52,8 +53,21 @@ def documents(path: Path) -> Iterator[str]:
         raise DataError(f"--evaluation-data: cannot read {path}: {error.strerror}") from error
 
 
-def open_held_out(config: Config, topology: Topology, encode: Encode) -> HeldOut | None:
-    """Read --evaluation-data: each document once, after a line break, packed as training data is. The last row and the
+def text_of(raw: bytes, where: str) -> str:
+    """The text of one line. Raises `DataError`, which says `where`."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise DataError(f'{where}: expected an object with a string under "text"')
+    return row["text"]
+
+
+def open_held_out(config: Config, topology: Topology, encode: Callable[[str], Sequence[int]]) -> HeldOut | None:
+    """Read --evaluation-data: each document once, framed and packed as training data is. The last row and the
     last batch are filled up with positions that count for nothing. Raises `DataError`."""
     if not config.evaluation_data:
         return None
@@ -62,7 +76,7 @@ def open_held_out(config: Config, topology: Topology, encode: Encode) -> HeldOut
     most = config.evaluation_num_batch * math.prod(shape)
     tokens: list[int] = []
     for text in documents(path):
-        tokens += encode("\n" + text)
+        tokens += encode(text)
         if most and len(tokens) >= most:
             del tokens[most:]
             break

@@ -6,22 +6,25 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..comm.lane import Lane, Ticket
 from ..comm.link import Receiver, Sender
 from ..comm.topology import Coord, Topology
-from ..modules.loss import IGNORED
+from ..modules.loss import IGNORED, count_valid
 from ..pipeline.executor import Batch
 from .config import Config
-from .tasks import TaskMixture
+from .tasks import DataError, TaskMixture
 
 
-def shift_labels(tokens: Tensor) -> Tensor:
-    """[…, T] tokens → […, T] targets: the token that follows, and nothing to predict after the last."""
-    return torch.cat([tokens[..., 1:], torch.full_like(tokens[..., :1], IGNORED)], dim=-1)
+def shift_labels(tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    """[…, T] tokens → […, T] labels: the token that follows, and nothing to predict after the last.
+
+    `targets` […, T] bool: which tokens are to be predicted at all [every one].
+    """
+    wanted = tokens if targets is None else tokens.masked_fill(~targets, IGNORED)
+    return torch.cat([wanted[..., 1:], torch.full_like(tokens[..., :1], IGNORED)], dim=-1)
 
 
 def message_shape(rows: int, length: int) -> tuple[int]:
@@ -96,6 +99,8 @@ class Feed:
         self._config, self._topology, self._ends = config, topology, ends
         self._mixture, self._lane = mixture, lane
         self._left = updates
+        self.shares: dict[str, Any] = {}
+        """On rank 0: what each task has given, up to and with the update that `next_update` gave last."""
         self._ahead: Ticket | None = None
         self._arriving: Arriving | None = None
         self._prefetch()
@@ -106,7 +111,7 @@ class Feed:
         cursor = None
         assert self._arriving is not None
         if self._ahead is not None:
-            local, cursor = self._ahead.get()
+            local, cursor, self.shares = self._ahead.get()
         steps = range(self._config.gradient_accumulate_step)
         batches = [self._arriving.next(local[step] if local else None) for step in steps]
         self._prefetch()
@@ -128,14 +133,22 @@ class Feed:
         if self._mixture is not None:
             self._ahead = self._lane.submit(self._draw, label="draw")
 
-    def _draw(self) -> tuple[list[Batch], dict[str, Any]]:
+    def _draw(self) -> tuple[list[Batch], dict[str, Any], dict[str, Any]]:
         """On rank 0: the whole update's rows, each replica's share on its way, this rank's own share as the result."""
         assert self._mixture is not None
         c, grid = self._config, self._topology
-        rows = self._mixture.draw(c.gradient_accumulate_step * grid.replicas * c.batch_size)
-        shares = torch.from_numpy(np.ascontiguousarray(rows)).view(
-            c.gradient_accumulate_step, grid.replicas, c.batch_size, c.seq_length
-        )
-        valid = len(rows) * (c.seq_length - 1)
-        local = [deal(grid, self._ends, tokens, shift_labels(tokens), valid) for tokens in shares]
-        return local, self._mixture.state()
+        drawn = self._mixture.draw(c.gradient_accumulate_step * grid.replicas * c.batch_size)
+        rows = torch.from_numpy(drawn.tokens)
+        targets = shift_labels(rows, torch.from_numpy(drawn.targets))
+        valid = count_valid(targets)
+        if not valid:
+            raise DataError(
+                f"{len(rows)} sequences hold no token to predict, at sequence {self._mixture.drawn}: "
+                "check loss_on and the completions of --task-config, or take a longer --seq-length"
+            )
+        shape = (c.gradient_accumulate_step, grid.replicas, c.batch_size, c.seq_length)
+        local = [
+            deal(grid, self._ends, step, labels, valid)
+            for step, labels in zip(rows.view(shape), targets.view(shape), strict=True)
+        ]
+        return local, self._mixture.state(), self._mixture.shares()

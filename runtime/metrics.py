@@ -15,7 +15,7 @@ from .config import Config
 
 
 class Metrics:
-    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s`, what `Usage.row` adds, and
+    """One row an update: `step, loss, lr, grad_norm, tokens, tokens_per_s, step_s, tasks`, what `Usage.row` adds, and
     `eval_loss, eval_perplexity` where an evaluation followed it.
 
     With --fp16 also `loss_scale` (that of this update) and `skipped` (updates so far that overflowed and left the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_
 from .config import Config, ConfigError, validate_length
 from .milestones import steps_of_epochs
 from .optim import Optimizer
-from .tasks import Encode, TaskMixture, parse_tasks
+from .tasks import TaskMixture
+from .tokenizer import Vocabulary
 
 log = logging.getLogger("farspan")
 
@@ -122,31 +122,16 @@ def share_threads(meeting: Rendezvous) -> str:
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
 
 
-def open_tokenizer(config: Config, spec: ModelSpec) -> Encode:
+def open_vocabulary(config: Config, spec: ModelSpec) -> Vocabulary:
     """Rank 0's tokenizer. Raises `ConfigError`."""
     check_backends(config)
-    name = config.tokenizer_name or config.model_name
-    import transformers  # late: only rank 0 needs it, and it takes seconds
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--tokenizer-name {name}: no tokenizer there: {str(error).splitlines()[0]}") from error
-    if len(tokenizer) > spec.vocab:
+    vocabulary = Vocabulary(config)
+    if vocabulary.known > spec.vocab:
         raise ConfigError(
-            f"--tokenizer-name {name} has {len(tokenizer)} tokens, more than the model's vocabulary of {spec.vocab}"
+            f"--tokenizer-name {vocabulary.name} has {vocabulary.known} tokens, more than the model's vocabulary of "
+            f"{spec.vocab}"
         )
-    tokenizer.model_max_length = sys.maxsize  # documents are cut into sequences later: no warning about long ones
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
-
-    return encode
-
-
-def open_mixture(config: Config, encode: Encode) -> TaskMixture:
-    """Rank 0's tasks. Raises `DataError`."""
-    return TaskMixture(parse_tasks(config.task_name), encode, config.seq_length, config.seed)
+    return vocabulary
 
 
 def settle(

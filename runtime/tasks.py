@@ -1,184 +1,335 @@
-"""The mixture of tasks: jsonl files, weights, and a cursor that names the very next token of each."""
+"""The mixture of tasks: rows, weights, and a cursor that names the very next token of each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import itertools
+import logging
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-Encode = Callable[[str], Sequence[int]]
+from .recipe import Block, Raw
+from .task_spec import DataError, TaskSpec, parse_tasks
+from .token_workers import Pending, Pool
+
+__all__ = ["Cursor", "DataError", "Drawn", "Source", "Task", "TaskMixture", "parse_tasks"]
+
+BLOCK_BYTES = 1 << 18
+SHOWN = 3  # bad lines of a task that are named; all are counted
+CHOICES = 4096  # drawn at a time
+
+log = logging.getLogger("farspan")
 
 
-class DataError(ValueError):
-    """Training data that cannot be used; the message names the file and the line."""
+class Source(Protocol):
+    """Rows by number from 0. A source has `read` (rows to be tokenised) or `block` (tokens already)."""
+
+    rows: int
+    size: int
+
+    def where(self, number: int) -> str: ...
 
 
-def parse_tasks(text: str) -> list[tuple[Path, float]]:
-    """`a.jsonl:0.2,b.jsonl` → paths and weights (1.0 where none is given). A path may hold colons."""
-    tasks = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        head, _, tail = part.rpartition(":")
-        try:
-            path, weight = (head, float(tail)) if head else (part, 1.0)
-        except ValueError:
-            path, weight = part, 1.0
-        if not 0 < weight < float("inf"):
-            raise DataError(f"--task-name {part}: the weight must be a positive number")
-        tasks.append((Path(path), weight))
-    if not tasks:
-        raise DataError("--task-name names no file")
-    return tasks
+class Readable(Source, Protocol):
+    def read(self, numbers: np.ndarray) -> Sequence[Raw]: ...
+
+
+class Tokenized(Source, Protocol):
+    def block(self, numbers: np.ndarray) -> Block: ...
 
 
 @dataclass
 class Cursor:
-    """The next token of a task: `skip` tokens into document `position` of this epoch's order."""
+    """The next token of a task: `skip` tokens into document `position` of this epoch's order. And what it gave."""
 
     epoch: int = 0
     position: int = 0
     skip: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    bad: int = 0
+
+
+class Drawn(NamedTuple):
+    """`tokens` int64 [rows, T], and `targets` bool [rows, T]: whether the loss counts this token as one to predict."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+class _Block(NamedTuple):
+    """A block and where it stands: documents `start` … of `epoch`'s order."""
+
+    epoch: int
+    start: int
+    block: Block
+    ends: list[int]  # the block's: plain numbers, since many a row looks one up
+    numbers: np.ndarray
 
 
 class Task:
-    """One jsonl file with a `text` on each line, read in a new seeded order each epoch."""
+    """One source, read in a new seeded order each epoch.
 
-    def __init__(self, path: Path, number: int, seed: int) -> None:
-        self.path, self.cursor = path, Cursor()
-        self._number, self._seed = number, seed
-        try:
-            self._file: BinaryIO = path.open("rb")
-        except OSError as error:
-            raise DataError(f"--task-name: cannot read {path}: {error.strerror}") from error
-        self.offsets, self.line_numbers = _index(self._file)
-        if not len(self.offsets):
-            raise DataError(f"--task-name: {path} is empty")
-        self._order = self._permutation()
-        self._document: Sequence[int] | None = None
+    Documents are tokenised in blocks whose borders depend on the source alone, so neither stopping nor the number of
+    worker processes changes a token.
+    """
 
-    def read(self, count: int, encode: Encode) -> list[int]:
-        """The next `count` tokens; documents follow one another, each after a line break."""
-        tokens: list[int] = []
-        cursor = self.cursor
-        barren = 0
-        while len(tokens) < count:
-            if self._document is None:
-                self._document = encode("\n" + self._text(int(self._order[cursor.position])))
-            part = self._document[cursor.skip : cursor.skip + count - len(tokens)]
-            tokens += part
-            cursor.skip += len(part)
-            barren = 0 if part else barren + 1
-            if barren > len(self.offsets):
-                raise DataError(f"{self.path}: no line of it gives any token")
-            if cursor.skip >= len(self._document):
-                self._next_document()
-        return tokens
+    def __init__(
+        self,
+        spec: TaskSpec,
+        source: Readable | Tokenized,
+        number: int,
+        seed: int,
+        pool: Pool,
+        *,
+        skip_bad: bool = False,
+        share: float = 1.0,
+    ) -> None:
+        self.spec, self.source, self.cursor = spec, source, Cursor()
+        self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
+        mean = max(1, source.size // source.rows)
+        self._step = max(1, min(256, BLOCK_BYTES // mean))
+        self._ahead = max(1, round(pool.ahead * share)) if pool.ahead else 0
+        self._coming: deque[tuple[int, int, np.ndarray, Pending | Block]] = deque()
+        self._current: _Block | None = None
+        self._orders: dict[int, np.ndarray] = {}
+        self._barren = 0
 
-    def count(self, encode: Encode) -> int:
-        """Tokens of one epoch."""
-        return sum(len(encode("\n" + self._text(line))) for line in range(len(self.offsets)))
+    @property
+    def exhausted(self) -> bool:
+        return 0 < self.spec.repeats <= self.cursor.epoch
+
+    @property
+    def epochs(self) -> float:
+        return self.cursor.epoch + self.cursor.position / self.source.rows
+
+    def read(self, tokens: np.ndarray, targets: np.ndarray, packed: bool) -> int:
+        """Fill the beginning of one row [T]; returns how far.
+
+        A packed row is full, documents following one another, unless the task is exhausted. A padded one ends with its
+        document, and a longer document goes on in the next row. Raises `DataError` at a bad row, unless those are
+        skipped.
+        """
+        cursor, filled = self.cursor, 0
+        while filled < len(tokens) and (current := self._at_cursor()) is not None:
+            block, ends, first = current.block, current.ends, cursor.position - current.start
+            at = (ends[first - 1] if first else 0) + cursor.skip
+            # Documents without a token are passed over.
+            here = bisect_right(ends, at)
+            stop = ends[-1] if packed or here == len(ends) else ends[here]
+            count = min(len(tokens) - filled, stop - at)
+            tokens[filled : filled + count] = block.tokens[at : at + count]
+            targets[filled : filled + count] = True if block.targets is None else block.targets[at : at + count]
+            filled, at = filled + count, at + count
+            after = bisect_right(ends, at)
+            if block.faults:
+                self._pass_over(current, first, after)
+            cursor.position = current.start + after
+            cursor.skip = at - (ends[after - 1] if after else 0) if after < len(ends) else 0
+            if cursor.position == self.source.rows:
+                cursor.epoch, cursor.position = cursor.epoch + 1, 0
+            if filled and not packed:
+                break
+        cursor.tokens += filled
+        cursor.sequences += filled > 0
+        return filled
+
+    def prefetch(self) -> None:
+        """Ask for the blocks that come next."""
+        if self._coming:
+            epoch, start = self._coming[-1][0], self._coming[-1][1] + self._step
+        elif self._current is not None:
+            epoch, start = self._current.epoch, self._current.start + self._step
+        else:
+            epoch, start = self.cursor.epoch, self.cursor.position - self.cursor.position % self._step
+        while len(self._coming) < self._ahead:
+            if start >= self.source.rows:
+                epoch, start = epoch + 1, 0
+            if 0 < self.spec.repeats <= epoch:
+                return
+            self._coming.append((epoch, start, *self._ask(epoch, start)))
+            start += self._step
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Tokens of each document, in the source's order, by blocks; the cursor stays where it is."""
+        coming: deque[Pending | Block] = deque()
+        for start in range(0, self.source.rows, self._step):
+            coming.append(self._make(np.arange(start, min(start + self._step, self.source.rows)))[1])
+            while len(coming) > self._ahead or (coming and start + self._step >= self.source.rows):
+                made = coming.popleft()
+                yield np.diff((made if isinstance(made, Block) else made.get()).ends, prepend=0)
 
     def state(self) -> dict[str, int]:
-        return {**vars(self.cursor), "lines": len(self.offsets)}
+        return {**vars(self.cursor), "lines": self.source.rows, "size": self.source.size}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Raises `DataError` if the file is not the one that the cursor points into."""
-        if state["lines"] != len(self.offsets):
+        """Raises `DataError` if the source is not the one that the cursor points into."""
+        path = self.spec.path
+        if state["lines"] != self.source.rows:
             raise DataError(
-                f"{self.path} has {len(self.offsets)} lines, and had {state['lines']} when the checkpoint was saved; "
+                f"{path} has {self.source.rows} lines, and had {state['lines']} when the checkpoint was saved; "
                 "put the old file back, or name the new one by another path to start it from its beginning"
             )
-        self.cursor = Cursor(state["epoch"], state["position"], state["skip"])
-        self._order, self._document = self._permutation(), None
+        if state["size"] != self.source.size:
+            raise DataError(
+                f"{path} has {self.source.size} bytes, and had {state['size']} when the checkpoint was saved; "
+                "put the old file back, or name the new one by another path to start it from its beginning"
+            )
+        self.cursor = Cursor(**{key: state[key] for key in vars(self.cursor)})
+        self._coming.clear()
+        self._current, self._barren = None, 0
 
-    def _next_document(self) -> None:
+    def _at_cursor(self) -> _Block | None:
+        """The block that the cursor points into; None where the task is exhausted."""
         cursor = self.cursor
-        self._document = None
-        cursor.position, cursor.skip = cursor.position + 1, 0
-        if cursor.position == len(self.offsets):
-            cursor.epoch, cursor.position = cursor.epoch + 1, 0
-            self._order = self._permutation()
+        if self.exhausted:
+            return None
+        start = cursor.position - cursor.position % self._step
+        if self._current is None or (self._current.epoch, self._current.start) != (cursor.epoch, start):
+            self.prefetch()
+            epoch, at, numbers, made = self._coming.popleft() if self._coming else (
+                cursor.epoch, start, *self._ask(cursor.epoch, start),
+            )  # fmt: skip
+            assert (epoch, at) == (cursor.epoch, start)
+            block = made if isinstance(made, Block) else made.get()
+            self._current = _Block(epoch, at, block, block.ends.tolist(), numbers)
+            self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
+            if self._barren >= self.source.rows:
+                raise DataError(f"{self.spec.path}: no line of it gives any token")
+            self.prefetch()
+            if block.faults and not self._skip_bad:
+                row = min(block.faults)
+                raise DataError(
+                    f"{self.source.where(int(numbers[row]))}: {block.faults[row]} (--bad-lines skip goes on without)"
+                )
+        return self._current
 
-    def _permutation(self) -> np.ndarray:
-        return np.random.default_rng([self._seed, self._number, self.cursor.epoch]).permutation(len(self.offsets))
+    def _ask(self, epoch: int, start: int) -> tuple[np.ndarray, Pending | Block]:
+        return self._make(self._order(epoch)[start : start + self._step].astype(np.int64))
 
-    def _text(self, line: int) -> str:
-        self._file.seek(int(self.offsets[line]))
-        raw = self._file.readline()
-        return text_of(raw, f"{self.path}:{self.line_numbers[line]}")
+    def _make(self, numbers: np.ndarray) -> tuple[np.ndarray, Pending | Block]:
+        if hasattr(self.source, "block"):
+            return numbers, self.source.block(numbers)
+        return numbers, self._pool.submit(self._number, self.source.read(numbers))
 
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            order = np.arange(self.source.rows, dtype=np.uint32 if self.source.rows < 1 << 32 else np.int64)
+            np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
-def text_of(raw: bytes, where: str) -> str:
-    """The text of one line. Raises `DataError`, which says `where`."""
-    try:
-        row = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise DataError(f'{where}: expected an object with a string under "text"')
-    return row["text"]
-
-
-def _index(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets (bytes) and numbers (from 1) of all lines that are not blank."""
-    offsets: list[int] = []
-    numbers: list[int] = []
-    offset = 0
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            offsets.append(offset)
-            numbers.append(number)
-        offset += len(line)
-    return np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
+    def _pass_over(self, current: _Block, first: int, after: int) -> None:
+        """Count (and, the first few, name) the bad documents first … after − 1."""
+        for row in [row for row in current.block.faults if first <= row < after]:
+            self.cursor.bad += 1
+            if self.cursor.bad <= SHOWN:
+                where = self.source.where(int(current.numbers[row]))
+                more = "; further ones are only counted" if self.cursor.bad == SHOWN else ""
+                log.warning("skipping %s: %s%s", where, current.block.faults[row], more)
 
 
 class TaskMixture:
     """Draws sequences of `length` tokens, each from one task, chosen by weight.
 
-    The choice for sequence n depends on `seed` and n alone, so a cursor is a handful of integers.
+    The choice for sequence n depends on `seed`, n and on which tasks are exhausted, so a cursor is a handful of
+    integers. `pad` fills rows that a document (or the last of a task) does not fill.
     """
 
-    def __init__(self, tasks: Sequence[tuple[Path, float]], encode: Encode, length: int, seed: int) -> None:
-        self._encode, self._length, self._seed = encode, length, seed
-        self.tasks = [Task(path, number, seed) for number, (path, _) in enumerate(tasks)]
-        weights = np.array([weight for _, weight in tasks])
-        self._bounds = np.cumsum(weights / weights.sum())
+    def __init__(
+        self, tasks: Sequence[Task], pool: Pool, length: int, seed: int, *, packed: bool = True, pad: int = 0
+    ) -> None:
+        self.tasks, self._pool = list(tasks), pool
+        self._length, self._seed, self._packed, self._pad = length, seed, packed, pad
+        self._weights = np.array([task.spec.weight for task in self.tasks])
+        self._bounds: tuple[list[bool], list[float]] = ([], [])
+        self._choices: tuple[int, list[float]] = (-1, [])
         self.drawn = 0
 
-    def draw(self, rows: int) -> np.ndarray:
-        """The next `rows` sequences: [rows, length] int64. Raises `DataError` at a line that cannot be used."""
-        out = np.empty((rows, self._length), dtype=np.int64)
-        for row in out:
-            u = np.random.default_rng([self._seed, self.drawn]).random()
-            choice = min(int(np.searchsorted(self._bounds, u, side="right")), len(self.tasks) - 1)
-            row[:] = self.tasks[choice].read(self._length, self._encode)
+    def draw(self, rows: int) -> Drawn:
+        """The next `rows` sequences. Raises `DataError` at a line that cannot be used, or when all tasks have been read
+        as often as they may be."""
+        tokens = np.full((rows, self._length), self._pad, dtype=np.int64)
+        targets = np.zeros((rows, self._length), dtype=bool)
+        for row, mask in zip(tokens, targets, strict=True):
+            while not self.tasks[self._choose()].read(row, mask, self._packed):
+                pass  # what was left of that task gave no token: now it is exhausted, and another is chosen
             self.drawn += 1
-        return out
+        return Drawn(tokens, targets)
 
     def sequences(self) -> int:
         """How many sequences hold every task once; a task's last one is filled up from its next epoch."""
-        return sum(-(-task.count(self._encode) // self._length) for task in self.tasks)
+
+        def of(task: Task) -> int:
+            if self._packed:
+                return -(-sum(int(lengths.sum()) for lengths in task.lengths()) // self._length)
+            return sum(int((-(-lengths // self._length)).sum()) for lengths in task.lengths())
+
+        return sum(map(of, self.tasks))
+
+    def _choose(self) -> int:
+        block, place = divmod(self.drawn, CHOICES)
+        if self._choices[0] != block:
+            self._choices = block, np.random.default_rng([self._seed, block]).random(CHOICES).tolist()
+        exhausted = [task.exhausted for task in self.tasks]
+        if all(exhausted):
+            raise DataError(
+                f"all tasks have been read as often as their repeats allow, after {self.drawn} sequences: "
+                "lower --total-steps, or raise repeats in --task-config"
+            )
+        if self._bounds[0] != exhausted:
+            left = np.where(exhausted, 0.0, self._weights)
+            self._bounds = exhausted, np.cumsum(left / left.sum()).tolist()
+        choice = bisect_right(self._bounds[1], self._choices[1][place])
+        # The last bound may be a hair below 1.
+        return choice if choice < len(exhausted) else max(i for i, out in enumerate(exhausted) if not out)
 
     def state(self) -> dict[str, Any]:
-        """The cursor, as JSON."""
-        return {"drawn": self.drawn, "tasks": {key: task.state() for key, task in self._keyed()}}
+        """The cursor, as JSON: under 4 KiB for 20 tasks, however long their paths."""
+        return {"drawn": self.drawn, "tasks": {_short(key): task.state() for key, task in self.keyed()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on at a cursor. A task that the cursor does not know starts at its beginning. Raises `DataError`."""
         self.drawn = state["drawn"]
-        for key, task in self._keyed():
-            if key in state["tasks"]:
-                task.load_state(state["tasks"][key])
+        for key, task in self.keyed():
+            if _short(key) in state["tasks"]:
+                task.load_state(state["tasks"][_short(key)])
+            else:
+                log.warning("the checkpoint does not know the task %s: it starts at its beginning", key)
 
-    def _keyed(self) -> Iterator[tuple[str, Task]]:
-        """Each task under its path, and under path#2 … where a path comes again."""
-        seen: dict[str, int] = {}
+    def prefetch(self) -> None:
         for task in self.tasks:
-            path = str(task.path)
-            seen[path] = seen.get(path, 0) + 1
-            yield (path if seen[path] == 1 else f"{path}#{seen[path]}"), task
+            task.prefetch()
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Task → what it gave since the run's first step: sequences, tokens, epochs, and lines skipped if any were."""
+        return {
+            key: {
+                "sequences": task.cursor.sequences,
+                "tokens": task.cursor.tokens,
+                "epochs": round(task.epochs, 6),
+                **({"bad_lines": task.cursor.bad} if task.cursor.bad else {}),
+            }
+            for key, task in self.keyed()
+        }
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+    def keyed(self) -> Iterator[tuple[str, Task]]:
+        """Each task under its path, and under path#2 … where a path comes again."""
+        seen: dict[str, itertools.count[int]] = {}
+        for task in self.tasks:
+            number = next(seen.setdefault(task.spec.path, itertools.count(1)))
+            yield (task.spec.path if number == 1 else f"{task.spec.path}#{number}"), task
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]

@@ -35,6 +35,7 @@ from .evaluate import Evaluation, open_held_out
 from .feed import Feed
 from .metrics import Metrics
 from .milestones import compared_on, enough, perplexity
+from .open_tasks import open_tasks
 from .optim import Optimizer
 from .precision import LossScaler, compute_dtype
 from .prepare import (
@@ -45,8 +46,7 @@ from .prepare import (
     layer_split,
     make_evaluation_plan,
     make_plan,
-    open_mixture,
-    open_tokenizer,
+    open_vocabulary,
     pick_device,
     settle,
     share_threads,
@@ -188,8 +188,10 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, wire.name,
     )  # fmt: skip
 
-    encode = open_tokenizer(config, spec) if config.rank == 0 else None
-    mixture = open_mixture(config, encode) if encode is not None else None
+    vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
+    # Only rank 0 has the tokenizer, and every rank must know how many tokens --special-tokens make it.
+    spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
+    mixture = open_tasks(config, vocabulary) if vocabulary else None
     dtype = compute_dtype(config)
     stage = Stage(spec, units, dtype=dtype, device=device, recompute=config.recompute)
     optimizer = Optimizer(stage, config, place.replica)
@@ -198,7 +200,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
-    held_out = open_held_out(config, topology, encode) if encode is not None else None
+    held_out = open_held_out(config, topology, vocabulary.document) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
     facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]
@@ -239,6 +241,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         row = lower(make_evaluation_plan(config))[place.stage]
         executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
         evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
+    if vocabulary is not None and vocabulary.added:
+        tokenizer = vocabulary.save(config.checkpoints / "tokenizer")
     trainer = Trainer(
         config,
         topology,
@@ -267,6 +271,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     feed.close()
     if profile is not None:
         profile.write(config.checkpoints / "traces")
+    if mixture is not None:
+        mixture.close()
     wires.close()
     if metrics is not None:
         metrics.close()

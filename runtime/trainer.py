@@ -169,7 +169,7 @@ class Trainer:
                 row = _row(progress, verdict, batches[0].valid, lr, per_update, end - start)
                 scaling = {"loss_scale": scale, "skipped": progress.skipped} if self.scaler is not None else {}
                 used = self.usage.row(verdict.told) if self.usage is not None else {}
-                self.metrics.write({**row, **used, **scaling, **held_out})
+                self.metrics.write({**row, "tasks": self.feed.shares, **used, **scaling, **held_out})
             # The best so far is always saved. What was evaluated and what is saved are the same weights.
             if saves(c, progress.step) or reason or progress.best_step == progress.step:
                 self.save(progress)

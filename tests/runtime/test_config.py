@@ -98,6 +98,12 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--lr 0.1 --min-lr 0.2", "--min-lr 0.2 is more than --lr 0.1"),
         ("--min-lr -1", "--min-lr -1.0 must not be negative"),
         ("--min-lr 1e-3 --scheduler constant", "--min-lr means nothing to --scheduler constant"),
+        ("--task-config t.json", "--task-name and --task-config say the same thing"),
+        ("--data-workers -1", "--data-workers -1 must not be negative"),
+        ("--rows ragged", "--rows"),
+        ("--bos maybe", "--bos"),
+        ("--eos maybe", "--eos"),
+        ("--bad-lines ignore", "--bad-lines"),
     ],
 )
 def test_refusals_name_the_flag(extra: str, message: str) -> None:

@@ -55,7 +55,7 @@ def plain_loop(folder: Path, tokens: list[int]) -> tuple[float, int]:
 def read(path: Path, *, rows: int = 2, replicas: int = 1, length: int = LENGTH, most: int = 0) -> HeldOut:
     """`open_held_out` with characters as tokens."""
     config = Config(evaluation_data=str(path), evaluation_num_batch=most, seq_length=length, batch_size=rows)
-    made = open_held_out(config, Topology(replicas, 1), lambda text: [ord(c) for c in text])
+    made = open_held_out(config, Topology(replicas, 1), lambda text: [ord(c) for c in "\n" + text])
     assert made is not None
     return made
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from farspan.runtime.tasks import TaskMixture
+from farspan.runtime.config import Config
+from farspan.runtime.open_tasks import open_tasks
+from farspan.runtime.tokenizer import Vocabulary
 from launch import Run, read_metrics
 from tiny import make_model, make_task
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 ROWS, LENGTH, UPDATES, WARMUP, LR, SEED = 8, 16, 4, 1, 3e-3, 7
 
@@ -64,9 +66,10 @@ def plain_loop(folder: Path, task_name: str, accumulate: int) -> Reference:
     key = folder, accumulate
     if key in _references:
         return _references[key]
-    tasks = [(Path(part.split(":")[0]), float(part.split(":")[1])) for part in task_name.split(",")]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    mixture = TaskMixture(tasks, lambda text: tokenizer(text)["input_ids"], LENGTH, SEED)
+    told = Config(
+        model_name=str(folder), task_name=task_name, seq_length=LENGTH, seed=SEED, data_cache=str(folder / "cache")
+    )
+    mixture = open_tasks(told, Vocabulary(told))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     flat = [p for p in model.parameters() if p.ndim == 1]  # norms and biases
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -76,7 +79,7 @@ def plain_loop(folder: Path, task_name: str, accumulate: int) -> Reference:
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
     losses, norms = [], []
     for _ in range(UPDATES):
-        ids = torch.from_numpy(mixture.draw(accumulate * ROWS))
+        ids = torch.from_numpy(mixture.draw(accumulate * ROWS).tokens)
         loss = model(input_ids=ids, labels=ids).loss  # no padding: the mean over all rows' T − 1 targets
         optimizer.zero_grad()
         loss.backward()

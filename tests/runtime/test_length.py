@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from farspan.runtime.tasks import TaskMixture
+from chars import mixture
 from launch import Run, read_metrics
 from tiny import make_task
 from transformers import AutoModelForCausalLM
@@ -26,10 +26,10 @@ def test_an_epoch_holds_every_document(tmp_path: Path) -> None:
     """Of one task: every document once, and less than a sequence of the next epoch."""
     path = make_task(tmp_path / "a.jsonl", lines=23)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    mixture = TaskMixture([(path, 1.0)], lambda text: [ord(c) for c in text], 16, 1)
-    count = mixture.sequences()
+    made = mixture(tmp_path, str(path), 16)
+    count = made.sequences()
     assert count == -(-sum(len(text) + 1 for text in texts) // 16)
-    drawn = "".join(map(chr, mixture.draw(count).flatten().tolist()))
+    drawn = "".join(map(chr, made.draw(count).tokens.flatten().tolist()))
     once = sum(len(text) + 1 for text in texts)
     assert sorted(drawn[1:once].split("\n")) == sorted(texts)
     assert len(drawn) - once < 16

@@ -3,39 +3,81 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from farspan.runtime.tasks import DataError, TaskMixture, parse_tasks
-
-
-def encode(text: str) -> list[int]:
-    return [ord(c) for c in text]
-
-
-def write(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+from chars import mixture, text_of, write
+from farspan.runtime.recipe import Frame
+from farspan.runtime.task_spec import DataError, TaskSpec, parse_tasks, read_task_config
+from farspan.runtime.tasks import TaskMixture
 
 
 def test_parsing_weights_and_paths() -> None:
-    assert parse_tasks("a.jsonl:0.2, b.jsonl") == [(Path("a.jsonl"), 0.2), (Path("b.jsonl"), 1.0)]
-    assert parse_tasks("/x:y/a.jsonl") == [(Path("/x:y/a.jsonl"), 1.0)]
-    assert parse_tasks("/x:y/a.jsonl:3") == [(Path("/x:y/a.jsonl"), 3.0)]
-    assert parse_tasks("a.jsonl:1,a.jsonl:1") == [(Path("a.jsonl"), 1.0)] * 2
+    def pairs(text: str) -> list[tuple[str, float]]:
+        return [(spec.path, spec.weight) for spec in parse_tasks(text)]
+
+    assert pairs("a.jsonl:0.2, b.jsonl") == [("a.jsonl", 0.2), ("b.jsonl", 1.0)]
+    assert pairs("/x:y/a.jsonl") == [("/x:y/a.jsonl", 1.0)]
+    assert pairs("/x:y/a.jsonl:3") == [("/x:y/a.jsonl", 3.0)]
+    assert pairs("a.jsonl:1,a.jsonl:1") == [("a.jsonl", 1.0)] * 2
+    assert pairs("hf://org/data:0.3,hf://org/more") == [("hf://org/data", 0.3), ("hf://org/more", 1.0)]
     for bad in ("", ",", "a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf"):
         with pytest.raises(DataError):
             parse_tasks(bad)
+
+
+def test_task_config_and_task_name_make_the_same_objects(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.json"
+    file.write_text('[{"path": "a.jsonl", "weight": 0.2}, {"path": "b.jsonl", "text": "text"}]')
+    assert read_task_config(file) == parse_tasks("a.jsonl:0.2,b.jsonl")
+    file.write_text('[{"path": "a", "template": "{q}\\n{a}", "loss_on": "completion", "repeats": 2, "weight": 3}]')
+    assert read_task_config(file) == [
+        TaskSpec("a", 3, template="{q}\n{a}", loss_on="completion", repeats=2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{", "not JSON"),
+        ("{}", "expected a list of tasks"),
+        ("[]", "expected a list of tasks"),
+        ('[{"weight": 1}]', "task 1: no path"),
+        ('[{"path": "a", "wait": 1}]', "unknown key 'wait'"),
+        ('[{"path": "a", "weight": "1"}]', 'weight must be of type float, not "1"'),
+        ('[{"path": "a", "weight": true}]', "weight must be of type float"),
+        ('[{"path": "a", "weight": 0}]', "weight must be a positive number"),
+        ('[{"path": "a", "repeats": -1}]', "repeats must be 0"),
+        ('[{"path": "a", "repeats": 1.5}]', "repeats must be of type int"),
+        ('[{"path": "a", "text": "t", "template": "{t}"}]', "text and template exclude one another"),
+        ('[{"path": "a", "loss_on": "answer"}]', "loss_on 'answer' is not one of all, completion"),
+        ('[{"path": "a", "loss_on": "completion"}]', "needs a template or messages"),
+        ('[{"path": "a", "template": "{q", "loss_on": "all"}]', "template: "),
+        ('[{"path": "a", "template": "none"}]', "must hold fields by their names"),
+        ('[{"path": "a", "template": "{}"}]', "must hold fields by their names"),
+        ('[{"path": "a", "template": "{q!r}"}]', "must hold fields by their names"),
+        ('[{"path": "a", "template": "{q}", "loss_on": "completion"}]', "has but one"),
+    ],
+)
+def test_a_bad_task_config_is_named(tmp_path: Path, row: str, reason: str) -> None:
+    file = tmp_path / "tasks.json"
+    file.write_text(row)
+    with pytest.raises(DataError, match=r"--task-config .*tasks\.json") as caught:
+        read_task_config(file)
+    assert reason in str(caught.value)
 
 
 def test_an_epoch_packs_every_document_once(tmp_path: Path) -> None:
     texts = [f"document {i} " + "x" * (i % 7) for i in range(20)]
     path = write(tmp_path / "a.jsonl", texts)
     total = sum(len("\n" + text) for text in texts)
-    mixture = TaskMixture([(path, 1.0)], encode, length=1, seed=3)
-    epochs = ["".join(map(chr, mixture.draw(total)[:, 0])) for _ in range(2)]
+    made = mixture(tmp_path, str(path), 1, seed=3)
+    epochs = [text_of(made.draw(total).tokens) for _ in range(2)]
     for epoch in epochs:
         assert sorted(epoch.split("\n")[1:]) == sorted(texts)
     assert epochs[0] != epochs[1]  # another order each time
@@ -43,43 +85,129 @@ def test_an_epoch_packs_every_document_once(tmp_path: Path) -> None:
 
 def test_rows_follow_one_another(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [f"text {i}" for i in range(9)])
-    long = TaskMixture([(path, 1.0)], encode, length=60, seed=0).draw(1)
-    short = TaskMixture([(path, 1.0)], encode, length=20, seed=0).draw(3)
+    long = mixture(tmp_path, str(path), 60).draw(1).tokens
+    short = mixture(tmp_path, str(path), 20).draw(3).tokens
     assert (long.reshape(-1) == short.reshape(-1)).all()
 
 
-@pytest.mark.parametrize("stop", [0, 1, 7, 40, 93])
-def test_the_cursor_is_exact(tmp_path: Path, stop: int) -> None:
-    tasks = [
-        (write(tmp_path / "a.jsonl", [f"a{i}" * (i % 5 + 1) for i in range(13)]), 0.4),
-        (write(tmp_path / "b.jsonl", [f"b{i}" for i in range(5)]), 0.6),
-        (tmp_path / "a.jsonl", 0.3),
+def various(folder: Path) -> list[dict[str, object]]:
+    """Tasks of every kind of cursor: long and short epochs, masks, bad lines, a limit of repeats, a path twice."""
+    rng = random.Random(4)
+    a = write(folder / "a.jsonl", [f"a{i}" * rng.randint(1, 5) for i in range(700)])
+    b = write(folder / "b.jsonl", [f"b{i}" for i in range(5)])
+    c = folder / "c.jsonl"
+    rows = [{"q": f"q{i}" * rng.randint(1, 4), "a": f"A{i}"} for i in range(300)]
+    c.write_text("".join("broken\n" if i % 7 == 0 else json.dumps(row) + "\n" for i, row in enumerate(rows)))
+    return [
+        {"path": str(a), "weight": 0.4},
+        {"path": str(b), "weight": 0.6},
+        {"path": str(c), "weight": 0.5, "template": "{q}={a}", "loss_on": "completion"},
+        {"path": str(b), "weight": 0.3, "repeats": 30},
     ]
-    whole = TaskMixture(tasks, encode, length=11, seed=5)
-    want = whole.draw(120)
-    first = TaskMixture(tasks, encode, length=11, seed=5)
-    assert (first.draw(stop) == want[:stop]).all()
-    state = json.loads(json.dumps(first.state()))
-    second = TaskMixture(tasks, encode, length=11, seed=5)
-    second.load_state(state)
-    assert (second.draw(120 - stop) == want[stop:]).all()
-    assert second.state() == whole.state()
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_the_cursor_is_exact_at_100_points(tmp_path: Path, rows: str) -> None:
+    """Stopped anywhere, going on is never having stopped: tokens, targets, counts. The state stays small."""
+    tasks, total = various(tmp_path), 900
+    flags = {"rows": rows, "bad_lines": "skip", "seed": 5}
+    whole = mixture(tmp_path, tasks, 11, **flags)
+    want = whole.draw(total)
+    assert not want.targets.all()
+    rng = random.Random(0)
+    first, at = mixture(tmp_path, tasks, 11, **flags), 0
+    for stop in sorted(rng.sample(range(total), 100)):
+        first.draw(stop - at)
+        at = stop
+        state = json.dumps(first.state())
+        assert len(state) < 4096
+        second = mixture(tmp_path, tasks, 11, **flags)
+        second.load_state(json.loads(state))
+        rest = second.draw(min(40, total - stop))
+        assert (rest.tokens == want.tokens[stop : stop + 40]).all()
+        assert (rest.targets == want.targets[stop : stop + 40]).all()
+    first.draw(total - at)
+    assert first.state() == whole.state()
+    assert first.shares() == whole.shares()
+
+
+def test_a_state_of_20_tasks_is_below_4_kib(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    paths = [write(folder / f"{i}.jsonl", ["x" * 50] * 3) for i in range(20)]
+    made = mixture(tmp_path, ",".join(map(str, paths)), 16)
+    made.draw(500)
+    made.drawn *= 10**6
+    for task in made.tasks:
+        for name, value in vars(task.cursor).items():
+            setattr(task.cursor, name, value * 1000)
+    assert len(json.dumps(made.state())) < 4096
 
 
 def test_the_draw_follows_the_weights(tmp_path: Path) -> None:
+    """Shares lie within four standard deviations of the weights, and the counts are those of what was drawn."""
     weights = {"a": 1.0, "b": 2.0, "c": 5.0}
-    tasks = [(write(tmp_path / f"{name}.jsonl", [name * 50] * 3), w) for name, w in weights.items()]
-    rows = TaskMixture(tasks, encode, length=60, seed=1).draw(4000)
+    tasks = ",".join(f"{write(tmp_path / f'{n}.jsonl', [n * 50] * 3)}:{w}" for n, w in weights.items())
+    made = mixture(tmp_path, tasks, 60)
+    rows = made.draw(4000).tokens
     drawn = Counter(next(chr(t) for t in row if chr(t) != "\n") for row in rows)
     for name, weight in weights.items():
         p = weight / 8
         assert abs(drawn[name] / 4000 - p) < 4 * np.sqrt(p * (1 - p) / 4000)
+        share = made.shares()[str(tmp_path / f"{name}.jsonl")]
+        assert share["sequences"] == drawn[name]
+        assert share["tokens"] == drawn[name] * 60
+        assert share["epochs"] == pytest.approx(drawn[name] * 60 / (3 * 51), abs=1 / 3)
 
 
 def test_another_seed_draws_otherwise(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [f"text {i}" for i in range(50)])
-    draws = [TaskMixture([(path, 1.0)], encode, length=100, seed=seed).draw(2) for seed in (1, 2)]
+    draws = [mixture(tmp_path, str(path), 100, seed=seed).draw(2).tokens for seed in (1, 2)]
     assert (draws[0] != draws[1]).any()
+
+
+def test_repeats_are_a_limit(tmp_path: Path) -> None:
+    """Every document of a limited task comes exactly so often; then the others go on alone, or the draw ends."""
+    few, many = write(tmp_path / "few.jsonl", ["one", "two"]), write(tmp_path / "many.jsonl", ["x" * 30] * 9)
+    tasks = [{"path": str(few), "repeats": 3, "weight": 5}, {"path": str(many)}]
+    made = mixture(tmp_path, tasks, 16)
+    drawn = made.draw(50)
+    text = text_of(drawn.tokens)
+    # 24 characters in 2 rows, the last padded.
+    assert (text.count("one"), text.count("two"), text.count("_")) == (3, 3, 8)
+    assert drawn.targets.sum() == 50 * 16 - 8
+    assert made.shares()[str(few)]["epochs"] == 3
+    alone = mixture(tmp_path, tasks[:1], 16)
+    with pytest.raises(DataError, match="as often as their repeats allow, after 2 sequences"):
+        alone.draw(3)
+
+
+def test_sequences_of_an_epoch(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["x" * i for i in range(700)])
+    packed, padded = mixture(tmp_path, str(path), 50), mixture(tmp_path, str(path), 50, rows="padded")
+    assert packed.sequences() == -(-sum(i + 1 for i in range(700)) // 50)
+    assert padded.sequences() == sum(-(-(i + 1) // 50) for i in range(700))
+    padded.draw(padded.sequences())
+    assert padded.shares()[str(path)]["epochs"] == 1
+
+
+def test_padded_rows_hold_one_document(tmp_path: Path) -> None:
+    """A longer document goes on in the next row: nothing is cut off."""
+    path = write(tmp_path / "a.jsonl", ["abcdefghijkl", "mno"])
+    drawn = mixture(tmp_path, str(path), 8, Frame("", (), (ord("$"),)), rows="padded").draw(3)
+    assert sorted(map(text_of, drawn.tokens)) == ["abcdefgh", "ijkl$___", "mno$____"]
+    assert (drawn.targets == (drawn.tokens != ord("_"))).all()
+
+
+@pytest.mark.parametrize("begin", [(), (1, 2)])
+def test_completions_alone_are_targets(tmp_path: Path, begin: tuple[int, ...]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"q": "what?", "a": "this", "n": 5}) + "\n")
+    task = {"path": str(path), "template": "{q} [{n}] {a}.", "loss_on": "completion"}
+    frame = Frame("\n", begin, (3,))
+    tokens, targets = mixture(tmp_path, [task], 17 + len(begin), frame).draw(1)
+    assert text_of(tokens) == "".join(map(chr, begin)) + "\nwhat? [5] this.\3"
+    assert text_of(tokens[targets]) == "this.\3"
 
 
 @pytest.mark.parametrize(
@@ -88,38 +216,91 @@ def test_another_seed_draws_otherwise(tmp_path: Path) -> None:
         (b'{"text": "cut', "not JSON"),
         (b'{"text": 5}', 'string under "text"'),
         (b'{"txt": "a"}', 'string under "text"'),
-        (b"[1]", 'string under "text"'),
+        (b"[1]", "expected an object, found a list"),
         (b'{"text": null}', 'string under "text"'),
         (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b"[" * 100_000, "not JSON that can be read"),
+        (b'{"n": ' + b"1" * 10_000 + b"}", "not JSON that can be read"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_bad_line_is_named_or_skipped(
+    tmp_path: Path, line: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=f"bad.jsonl:3: .*{reason}"):
-        TaskMixture([(path, 1.0)], encode, length=4, seed=0).draw(50)
+        mixture(tmp_path, str(path), 4).draw(50)
+    made = mixture(tmp_path, str(path), 5, bad_lines="skip")
+    assert text_of(made.draw(4).tokens) == "\ngood" * 4
+    assert made.shares()[str(path)]["bad_lines"] == 4  # one in each epoch
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert f"skipping {path}:3: " in said[0]
+    assert said[2].endswith("further ones are only counted")
 
 
-def test_windows_lines_bom_and_no_final_newline(tmp_path: Path) -> None:
+def test_a_template_names_the_key_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
-    tokens = TaskMixture([(path, 1.0)], encode, length=8, seed=0).draw(1)[0]
-    assert sorted("".join(map(chr, tokens)).split("\n")[1:]) == ["one", "two"]
+    path.write_text('{"q": "x", "a": "y"}\n{"q": "x"}\n')
+    made = mixture(tmp_path, [{"path": str(path), "template": "{q} {a}"}], 4)
+    with pytest.raises(DataError, match=r'a\.jsonl:2: .*under "a"'):
+        made.draw(5)
+
+
+def test_no_line_gives_a_token(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["", ""])
+    with pytest.raises(DataError, match="no line of it gives any token"):
+        mixture(tmp_path, str(path), 4, Frame("")).draw(1)
+    path.write_text("bad\n" * 600)
+    with pytest.raises(DataError, match="no line of it gives any token"):
+        mixture(tmp_path, str(path), 4, bad_lines="skip").draw(1)
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["x"] * 5)
-    state = TaskMixture([(path, 1.0)], encode, length=4, seed=0).state()
+    state = mixture(tmp_path, str(path), 4).state()
     write(path, ["x"] * 6)
     with pytest.raises(DataError, match="6 lines, and had 5"):
-        TaskMixture([(path, 1.0)], encode, length=4, seed=0).load_state(state)
+        mixture(tmp_path, str(path), 4).load_state(state)
+    write(path, ["xy"] * 5)
+    with pytest.raises(DataError, match="75 bytes, and had 70"):
+        mixture(tmp_path, str(path), 4).load_state(state)
 
 
-def test_missing_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*none\.jsonl"):
-        TaskMixture([(tmp_path / "none.jsonl", 1.0)], encode, length=4, seed=0)
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"empty\.jsonl is empty"):
-        TaskMixture([(tmp_path / "empty.jsonl", 1.0)], encode, length=4, seed=0)
-    with pytest.raises(DataError, match="no line of it gives any token"):
-        TaskMixture([(write(tmp_path / "a.jsonl", ["x"]), 1.0)], lambda text: [], length=4, seed=0).draw(1)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
+    """The same rows, and a cursor that another number of processes goes on from. None is left behind."""
+    tasks, flags = various(tmp_path), {"bad_lines": "skip", "seed": 2}
+    alone = mixture(tmp_path, tasks, 13, **flags)
+    several = mixture(tmp_path, tasks, 13, data_workers=workers, **flags)
+    try:
+        for got, want in zip(several.draw(300), alone.draw(300), strict=True):
+            assert (got == want).all()
+        state = several.state()
+        assert state == alone.state()
+    finally:
+        several.close()
+    assert_gone(several)
+    resumed = mixture(tmp_path, tasks, 13, **flags)
+    resumed.load_state(state)
+    assert (resumed.draw(100).tokens == alone.draw(100).tokens).all()
+
+
+def assert_gone(made: TaskMixture) -> None:
+    for pid in made._pool.pids:  # type: ignore[attr-defined]
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["x" * 40] * 2000)
+    made = mixture(tmp_path, str(path), 8, data_workers=1)
+    try:
+        made.draw(1)
+        os.kill(made._pool.pids[0], signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(DataError, match=r"ended by itself \(exit code -9"):
+            made.draw(20_000)
+    finally:
+        made.close()
+    assert_gone(made)

@@ -37,7 +37,7 @@ def test_metrics_of_every_update(flags: Flags, tmp_path: Path) -> None:
     with Run(2, 2, flags(total_steps=8, gradient_accumulate_step=2, warmup_steps=1, lr=0.5e-3, log_steps=2)) as run:
         run.succeed()
     rows = read_metrics(tmp_path / "ck")
-    assert [list(row) for row in rows] == [KEYS + USAGE] * 4
+    assert [list(row) for row in rows] == [[*KEYS, "tasks", *USAGE]] * 4
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert [row["tokens"] for row in rows] == [2 * 2 * 4 * 16 * n for n in (1, 2, 3, 4)]
     # Up over one update, then down: the last update is at a third of the peak and 0 comes next.
@@ -135,7 +135,9 @@ def test_several_backends_get_the_same_rows(flags: Flags, tmp_path: Path) -> Non
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "ck" / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == set(KEYS + USAGE) - {"step"}
+    scalars = set(events.Tags()["scalars"])
+    assert {name for name in scalars if not name.startswith("tasks/")} == set(KEYS + USAGE) - {"step"}
+    assert {name.rpartition("/")[2] for name in scalars if name.startswith("tasks/")} >= {"sequences", "tokens"}
     for key in ("loss", "lr", "peak_memory_gib/stage1"):
         found = events.Scalars(key)
         assert [event.step for event in found] == [1, 2, 3, 4]

@@ -1,0 +1,58 @@
+"""From flags to a mixture that is ready to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import Config
+from .lines import LineFile
+from .pretokenized import TokenFolder, is_pretokenized
+from .recipe import Recipe
+from .tables import Table, is_table
+from .task_spec import TaskSpec, parse_tasks, read_task_config
+from .tasks import Readable, Task, TaskMixture, Tokenized
+from .token_workers import Inline, Pool, Workers
+from .tokenizer import Vocabulary
+
+
+def specs_of(config: Config) -> list[TaskSpec]:
+    """Raises `DataError`."""
+    return read_task_config(Path(config.task_config)) if config.task_config else parse_tasks(config.task_name)
+
+
+def cache_of(config: Config) -> Path:
+    return Path(config.data_cache) if config.data_cache else config.checkpoints / "data-cache"
+
+
+def open_source(spec: TaskSpec, cache: Path, digest: str) -> Readable | Tokenized:
+    """What a path names: a pre-tokenised folder, a table, or a file of lines. Raises `DataError`."""
+    if is_table(spec.path):
+        return Table(spec, cache)
+    path = Path(spec.path)
+    return TokenFolder(path, digest) if is_pretokenized(path) else LineFile(path, cache)
+
+
+def make_pool(recipes: Sequence[Recipe | None], config: Config) -> Pool:
+    needed = config.data_workers and any(recipes)
+    return Workers(recipes, config.data_workers, config.wire_timeout) if needed else Inline(recipes)
+
+
+def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
+    """Rank 0's mixture. Raises `ConfigError` or `DataError`."""
+    specs, cache = specs_of(config), cache_of(config)
+    sources = [open_source(spec, cache, vocabulary.digest) for spec in specs]
+    recipes = [
+        None if isinstance(source, TokenFolder) else vocabulary.recipe(spec)
+        for spec, source in zip(specs, sources, strict=True)
+    ]
+    pool = make_pool(recipes, config)
+    total = sum(spec.weight for spec in specs)
+    tasks = [
+        Task(
+            spec, source, number, config.seed, pool,
+            skip_bad=config.bad_lines == "skip", share=spec.weight / total,
+        )
+        for number, (spec, source) in enumerate(zip(specs, sources, strict=True))
+    ]  # fmt: skip
+    return TaskMixture(tasks, pool, config.seq_length, config.seed, packed=config.rows == "packed", pad=vocabulary.pad)

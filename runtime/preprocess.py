@@ -1,0 +1,108 @@
+"""What `preprocess.py` calls: one task, from rows to a folder of tokens that --task-name accepts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .config import Config, ConfigError, flag_options
+from .lines import LineFile
+from .open_tasks import make_pool, open_source, specs_of
+from .pretokenized import TokenWriter
+from .recipe import Block
+from .tables import Table
+from .task_spec import DataError
+from .tasks import SHOWN
+from .tokenizer import Vocabulary
+
+FLAGS = (
+    "task_name", "task_config", "tokenizer_name", "data_cache", "document_separator", "bos", "eos", "special_tokens",
+    "bad_lines", "data_workers",
+)  # fmt: skip
+BATCH = 256  # rows of a block
+
+log = logging.getLogger("farspan")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for flags that cannot be, 1 for data that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="preprocess.py",
+        description="Tokenise one task into a folder that --task-name accepts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    for f in fields(Config):
+        if f.name in FLAGS:
+            parser.add_argument(f"--{f.name.replace('_', '-')}", **flag_options(f))
+    told = vars(parser.parse_args(argv))
+    output = Path(told.pop("output"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            config = Config(**{**told, "data_cache": told["data_cache"] or temporary})
+            documents, tokens, bad = preprocess(config, output)
+    except (ConfigError, DataError) as error:
+        sys.stderr.write(f"preprocess: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    log.info("%s: %d documents, %d tokens, %d bad lines left out", output, documents, tokens, bad)
+    return 0
+
+
+def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
+    """Write `output`; returns documents, tokens and bad lines. Raises `ConfigError` or `DataError`."""
+    if not config.tokenizer_name:
+        raise ConfigError("--tokenizer-name is needed: the folder (or hub name) of the tokenizer")
+    if bool(config.task_name) == bool(config.task_config):
+        raise ConfigError("one of --task-name and --task-config is needed")
+    specs = specs_of(config)
+    if len(specs) > 1:
+        raise ConfigError(f"one task at a time: {specs[0].path} and {specs[1].path} need a folder each")
+    vocabulary = Vocabulary(config)
+    source = open_source(specs[0], Path(config.data_cache), vocabulary.digest)
+    if not isinstance(source, LineFile | Table):
+        raise DataError(f"{specs[0].path} is tokenised already")
+    writer = TokenWriter(output, vocabulary.size, vocabulary.digest, specs[0].loss_on == "completion")
+    pool = make_pool([vocabulary.recipe(specs[0])], config)
+    bad = 0
+
+    def blocks() -> Iterator[tuple[np.ndarray, Block]]:
+        coming: deque = deque()
+        for start in range(0, source.rows, BATCH):
+            numbers = np.arange(start, min(start + BATCH, source.rows))
+            coming.append((numbers, pool.submit(0, source.read(numbers))))
+            if len(coming) > pool.ahead:
+                numbers, pending = coming.popleft()
+                yield numbers, pending.get()
+        for numbers, pending in coming:
+            yield numbers, pending.get()
+
+    try:
+        with tqdm(total=source.rows, unit="line", unit_scale=True, disable=None, file=sys.stderr) as bar:
+            for numbers, block in blocks():
+                for row, fault in block.faults.items():
+                    where = source.where(int(numbers[row])) if bad < SHOWN or config.bad_lines == "error" else ""
+                    if config.bad_lines == "error":
+                        raise DataError(f"{where}: {fault} (--bad-lines skip goes on without)")
+                    if bad < SHOWN:
+                        log.warning("skipping %s: %s", where, fault)
+                    bad += 1
+                writer.write(block)
+                bar.update(len(numbers))
+        writer.close()
+    except BaseException:
+        shutil.rmtree(writer.partial, ignore_errors=True)
+        raise
+    finally:
+        pool.close()
+    return writer.documents, writer.tokens, bad

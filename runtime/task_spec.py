@@ -1,0 +1,109 @@
+"""What a task is, as data: from `--task-name` or `--task-config` to the same objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+LOSS_ON = ("all", "completion")
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. Of `text` (a field), `template` and `messages` (a field with a conversation) exactly one is set.
+
+    `repeats`: how many epochs it may be read, 0 for any number; `subset` and `split` matter for `hf://` paths alone.
+    """
+
+    path: str
+    weight: float = 1.0
+    text: str = ""
+    template: str = ""
+    messages: str = ""
+    loss_on: str = "all"
+    repeats: int = 0
+    subset: str = ""
+    split: str = "train"
+
+    @property
+    def template_fields(self) -> list[str]:
+        return [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+
+
+def parse_tasks(text: str) -> list[TaskSpec]:
+    """`a.jsonl:0.2,b.jsonl` → tasks (weight 1 where none is given). A path may hold colons. Raises `DataError`."""
+    tasks = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        head, _, tail = part.rpartition(":")
+        try:
+            path, weight = (head, float(tail)) if head else (part, 1.0)
+        except ValueError:
+            path, weight = part, 1.0
+        tasks.append(_checked({"path": path, "weight": weight}, f"--task-name {part}"))
+    if not tasks:
+        raise DataError("--task-name names no file")
+    return tasks
+
+
+def read_task_config(path: Path) -> list[TaskSpec]:
+    """A JSON list of objects with the fields of `TaskSpec`; relative paths are seen from the working folder.
+
+    Raises `DataError`.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"--task-config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"--task-config {path}: not JSON: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f'--task-config {path}: expected a list of tasks, [{{"path": …}}, …]')
+    return [_checked(row, f"--task-config {path}, task {number}") for number, row in enumerate(rows, 1)]
+
+
+def _checked(row: dict[str, Any], where: str) -> TaskSpec:
+    known = {f.name: f.default for f in fields(TaskSpec)}
+    for key, value in row.items():
+        if key not in known:
+            raise DataError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+        default = known[key]
+        numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        kind = str if key == "path" else type(default)
+        if type(value) is not kind and not numeric:
+            raise DataError(f"{where}: {key} must be of type {kind.__name__}, not {json.dumps(value)}")
+    if not row.get("path"):
+        raise DataError(f"{where}: no path")
+    forms = [key for key in ("text", "template", "messages") if row.get(key)]
+    if len(forms) > 1:
+        raise DataError(f"{where}: {' and '.join(forms)} exclude one another: give one")
+    spec = TaskSpec(**{**row, **({} if forms else {"text": "text"})})
+    if not 0 < spec.weight < math.inf:
+        raise DataError(f"{where}: the weight must be a positive number")
+    if spec.repeats < 0:
+        raise DataError(f"{where}: repeats must be 0 (no limit) or more")
+    if spec.loss_on not in LOSS_ON:
+        raise DataError(f"{where}: loss_on {spec.loss_on!r} is not one of {', '.join(LOSS_ON)}")
+    if spec.loss_on == "completion" and spec.text:
+        raise DataError(f"{where}: loss_on completion needs a template or messages: a plain text has no prompt")
+    _check_template(spec, where)
+    return spec
+
+
+def _check_template(spec: TaskSpec, where: str) -> None:
+    try:
+        parts = list(Formatter().parse(spec.template))
+    except ValueError as error:
+        raise DataError(f"{where}: template: {error}") from error
+    names = spec.template_fields
+    if spec.template and (not names or not all(names) or any(form or conversion for _, _, form, conversion in parts)):
+        raise DataError(f'{where}: template must hold fields by their names, e.g. "{{question}}\\n{{answer}}"')
+    if spec.loss_on == "completion" and spec.template and len(names) < 2:
+        raise DataError(f"{where}: loss_on completion: the last field is the completion, and the template has but one")

@@ -1,0 +1,144 @@
+"""Rank 0's tokenizer: its special tokens, what frames a document, and how texts and conversations become tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .config import Config, ConfigError
+from .recipe import BackendEncoder, Encoded, Encoder, Fault, Frame, Recipe, Span
+from .task_spec import DataError, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Vocabulary:
+    """The tokenizer that a config names, with --special-tokens added. Raises `ConfigError`."""
+
+    def __init__(self, config: Config) -> None:
+        import transformers  # late: only rank 0 needs it, and it takes seconds
+
+        self.name = config.tokenizer_name or config.model_name
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"--tokenizer-name {self.name}: no tokenizer there: {reason}") from error
+        self.known = len(tokenizer)  # tokens before any was added
+        self.added = _special_tokens(config.special_tokens)
+        if self.added:
+            tokenizer.add_special_tokens({"additional_special_tokens": self.added}, False)
+        self.tokenizer = tokenizer
+        self.size = len(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.encoder: Encoder = BackendEncoder(backend.to_str()) if backend is not None else _PlainEncoder(tokenizer)
+        described = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+        self.digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+        self.pad = next(
+            (t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None), 0
+        )
+        self.frame = self._frame(config)
+
+    def document(self, text: str) -> list[int]:
+        """One text with all that frames a document in a packed row."""
+        tokens = self.encoder([self.frame.separator + text], False).flat.tolist()
+        return [*self.frame.begin, *tokens, *self.frame.end]
+
+    def recipe(self, spec: TaskSpec) -> Recipe:
+        """Raises `DataError` where the task asks for what the tokenizer cannot do."""
+        if spec.loss_on == "completion" and not isinstance(self.encoder, BackendEncoder):
+            raise DataError(f"{spec.path}: loss_on completion needs a tokenizer with a tokenizer.json ({self.name})")
+        if spec.messages and not self.tokenizer.chat_template:
+            raise DataError(f"{spec.path}: messages need a tokenizer with a chat template, and {self.name} has none")
+        render = ChatRender(self.tokenizer, spec.loss_on == "completion") if spec.messages else None
+        return Recipe(spec, self.encoder, self.frame, render)
+
+    def save(self, folder: Path) -> Path:
+        """The tokenizer with what was added to it, and the other files that stood beside the old one."""
+        from ..modules.shards import copy_tokenizer  # late: it imports torch, and worker processes load this file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(Path(self.name), folder)
+        self.tokenizer.save_pretrained(folder)
+        return folder
+
+    def _frame(self, config: Config) -> Frame:
+        tokenizer = self.tokenizer
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        own = tokenizer("a")["input_ids"]
+        at = next((i for i in range(len(own)) if own[i : i + len(bare)] == bare), 0)
+        sides = {"bos": own[:at], "eos": own[at + len(bare) :]}
+        for side in sides:
+            choice = getattr(config, side)
+            token = getattr(tokenizer, f"{side}_token_id")
+            if choice == "yes" and token is None:
+                raise ConfigError(f"--{side} yes, but the tokenizer {self.name} has no {side} token")
+            if choice != "auto":
+                sides[side] = [token] if choice == "yes" else []
+        separator = unescape(config.document_separator)
+        return Frame(separator, tuple(sides["bos"]), tuple(sides["eos"]))
+
+
+class ChatRender:
+    """A conversation by the tokenizer's chat template, and the spans of what the assistant says."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, spans: bool) -> None:
+        self._tokenizer, self._spans = tokenizer, spans
+
+    def __call__(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
+        text = self._render(messages, False)
+        spans = []
+        for number, message in enumerate(messages) if self._spans else []:
+            if message["role"] == "assistant":
+                before = self._render(messages[:number], True)
+                after = self._render(messages[: number + 1], False)
+                if not (text.startswith(after) and after.startswith(before)):
+                    raise Fault("the chat template does not render turn by turn, so completions cannot be told apart")
+                spans.append((len(before), len(after)))
+        return text, spans
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        if not messages:
+            return ""
+        try:
+            made: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # templates raise what they like, to refuse an order of roles
+            raise Fault(f"the chat template refuses it: {error}") from error
+        return made
+
+
+class _PlainEncoder:
+    """A tokenizer without a fast backend, one text after another."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: list[str], offsets: bool) -> Encoded:
+        ids = [self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        flat = np.array([token for one in ids for token in one], dtype=np.uint32)
+        return Encoded(flat, np.array([len(one) for one in ids], dtype=np.int64))
+
+
+def unescape(text: str) -> str:
+    r"""`\n`, `\t` and `\\` as a shell passes them → the characters that are meant."""
+    return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\0", "\\")
+
+
+def _special_tokens(file: str) -> list[str]:
+    if not file:
+        return []
+    try:
+        read = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--special-tokens {file} cannot be read as JSON: {error}") from error
+    tokens = read.get("tokens") if isinstance(read, dict) else None
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t for t in tokens):
+        raise ConfigError(f'--special-tokens {file}: expected {{"tokens": ["<…>", …]}}')
+    if len(set(tokens)) < len(tokens):
+        raise ConfigError(f"--special-tokens {file} names a token twice")
+    return tokens
