@@ -1,0 +1,110 @@
+"""What profiling costs: python benchmarks/profiling.py
+
+One run of 2 stages × 1 replica in which spans are kept in every other update, so that both kinds see the same machine;
+and the cost of one span, times the spans of an update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import timeit
+from pathlib import Path
+
+import torch
+from farspan.modules.layers import build_layers, init_unit
+from farspan.modules.shards import write_index, write_unit
+from farspan.modules.spec import ModelSpec
+from farspan.pipeline.timeline import Meter, Timeline
+from farspan.runtime.cli import main
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+STAGES, MICRO_BATCHES = 2, 8
+
+
+def alternate() -> None:
+    """Let meters keep spans in every other update."""
+    record, away = Meter.record, {}
+
+    def recording(self: Meter, lane: str, name: str, start: float, end: float) -> None:
+        record(self, lane, name, start, end)
+        if lane == "optimizer":
+            self.timeline, away[self] = away.get(self), self.timeline
+
+    Meter.record = recording  # type: ignore[method-assign]
+
+
+def prepare(folder: Path) -> None:
+    """A GPT-NeoX of 4 layers of width 256, and a task."""
+    shape = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
+    spec = ModelSpec.from_config(
+        {"model_type": "gpt_neox", **shape, "vocab_size": 1024, "max_position_embeddings": 256, "rotary_pct": 0.25}
+    )
+    for unit in range(spec.unit_count):
+        (layer,) = build_layers(spec, [unit])
+        init_unit(layer, spec, unit, 1)
+        write_unit(folder, spec, unit, dict(layer.named_parameters()))
+    write_index(folder, spec, torch.float32)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    (folder / "task.jsonl").write_text(json.dumps({"text": "a b " * 500}) + "\n")
+
+
+def compare(updates: int) -> None:
+    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+        folder = Path(name)
+        prepare(folder)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        told = (
+            f"--model-name {folder} --task-name {folder}/task.jsonl --checkpoint-path {folder}/run --seq-length 128 "
+            f"--batch-size {MICRO_BATCHES} --micro-batch-size 1 --total-steps {updates} --lr 1e-4 --pp-mode 1f1b "
+            f"--pipeline-group-size {STAGES} --dist-url tcp://127.0.0.1:{port} --use-cuda false "
+            "--profiling tidy_profiling"
+        ).split()
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        ranks = [
+            subprocess.Popen([sys.executable, __file__, "--rank-of-run", *told, "--rank", str(rank)], env=env)
+            for rank in range(STAGES)
+        ]
+        if any([rank.wait() for rank in ranks]):
+            raise SystemExit("a rank failed; see above")
+        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        trace = json.loads((folder / "run" / "traces" / "trace.json").read_text())
+    # From the third on: the first ones warm up. Updates 1, 3, 5 … kept their spans.
+    seconds = {"with": [r["step_s"] for r in rows[2::2]], "without": [r["step_s"] for r in rows[3::2]]}
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    # Pairs of neighbours differ by less than the machine's moods do.
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=False))
+    spans = sum(e["ph"] == "X" and e["pid"] == 0 for e in trace["traceEvents"]) / len(rows[::2])
+    meters = {"with": Meter(Timeline()), "without": Meter()}
+    each = {
+        kind: min(timeit.repeat(lambda m=meter: m.record("forward", "0F0", 1.0, 2.0), number=20_000, repeat=5)) / 20_000
+        for kind, meter in meters.items()
+    }
+    print("| | spans kept | counters alone |\n|---|---|---|")
+    print(
+        f"| update, median of {len(rows) // 2 - 1} | {medians['with'] * 1e3:.1f} ms | {medians['without'] * 1e3:.1f} ms |"
+    )
+    print(f"| one span | {each['with'] * 1e6:.2f} µs | {each['without'] * 1e6:.2f} µs |\n")
+    print(f"with ÷ without, median of neighbouring updates: {ratio:.4f}")
+    share = spans * each["with"] / medians["without"]
+    print(f"{spans:.0f} spans an update on rank 0 × {each['with'] * 1e6:.2f} µs: {share:.3%} of an update")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank-of-run"]:
+        alternate()
+        sys.exit(main(sys.argv[2:]))
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--updates", type=int, default=200)
+    compare(reader.parse_args().updates)
