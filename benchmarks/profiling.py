@@ -92,9 +92,8 @@ def compare(updates: int) -> None:
         for kind, meter in meters.items()
     }
     print("| | spans kept | counters alone |\n|---|---|---|")
-    print(
-        f"| update, median of {len(rows) // 2 - 1} | {medians['with'] * 1e3:.1f} ms | {medians['without'] * 1e3:.1f} ms |"
-    )
+    update = " | ".join(f"{medians[kind] * 1e3:.1f} ms" for kind in ("with", "without"))
+    print(f"| update, median of {len(rows) // 2 - 1} | {update} |")
     print(f"| one span | {each['with'] * 1e6:.2f} µs | {each['without'] * 1e6:.2f} µs |\n")
     print(f"with ÷ without, median of neighbouring updates: {ratio:.4f}")
     share = spans * each["with"] / medians["without"]
