@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,16 +31,18 @@ from transformers import PreTrainedTokenizerFast
 STAGES, MICRO_BATCHES = 2, 8
 
 
-def alternate() -> None:
-    """Let meters keep spans in every other update."""
-    record, away = Meter.record, {}
+def alternate() -> list[float]:
+    """Let meters keep spans in every other update. The list fills with this process's CPU seconds after each update."""
+    record, away, spent = Meter.record, {}, []
 
     def recording(self: Meter, lane: str, name: str, start: float, end: float) -> None:
         record(self, lane, name, start, end)
         if lane == "optimizer":
             self.timeline, away[self] = away.get(self), self.timeline
+            spent.append(time.process_time())
 
     Meter.record = recording  # type: ignore[method-assign]
+    return spent
 
 
 def prepare(folder: Path) -> None:
@@ -78,13 +82,11 @@ def compare(updates: int) -> None:
         ]
         if any([rank.wait() for rank in ranks]):
             raise SystemExit("a rank failed; see above")
+        spent = json.loads((folder / "run" / "cpu.json").read_text())
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         trace = json.loads((folder / "run" / "traces" / "trace.json").read_text())
     # From the third on: the first ones warm up. Updates 1, 3, 5 … kept their spans.
-    seconds = {"with": [r["step_s"] for r in rows[2::2]], "without": [r["step_s"] for r in rows[3::2]]}
-    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
-    # Pairs of neighbours differ by less than the machine's moods do.
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=False))
+    kinds = {"seconds": [r["step_s"] for r in rows], "CPU seconds of rank 0": [b - a for a, b in pairwise([0, *spent])]}
     spans = sum(e["ph"] == "X" and e["pid"] == 0 for e in trace["traceEvents"]) / len(rows[::2])
     meters = {"with": Meter(Timeline()), "without": Meter()}
     each = {
@@ -92,18 +94,25 @@ def compare(updates: int) -> None:
         for kind, meter in meters.items()
     }
     print("| | spans kept | counters alone |\n|---|---|---|")
-    update = " | ".join(f"{medians[kind] * 1e3:.1f} ms" for kind in ("with", "without"))
-    print(f"| update, median of {len(rows) // 2 - 1} | {update} |")
+    for what, all_seconds in kinds.items():
+        medians = [statistics.median(all_seconds[first::2]) * 1e3 for first in (2, 3)]
+        print(f"| an update, {what}, median of {len(rows) // 2 - 1} | {medians[0]:.1f} ms | {medians[1]:.1f} ms |")
     print(f"| one span | {each['with'] * 1e6:.2f} µs | {each['without'] * 1e6:.2f} µs |\n")
-    print(f"with ÷ without, median of neighbouring updates: {ratio:.4f}")
-    share = spans * each["with"] / medians["without"]
+    for what, all_seconds in kinds.items():  # neighbours differ by less than the machine's moods do
+        ratio = statistics.median(a / b for a, b in zip(all_seconds[2::2], all_seconds[3::2], strict=False))
+        print(f"{what}: with ÷ without, median of neighbouring updates: {ratio:.4f}")
+    share = spans * each["with"] / statistics.median(kinds["seconds"])
     print(f"{spans:.0f} spans an update on rank 0 × {each['with'] * 1e6:.2f} µs: {share:.3%} of an update")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of-run"]:
-        alternate()
-        sys.exit(main(sys.argv[2:]))
+        told = sys.argv[2:]
+        spent = alternate()
+        status = main(told)
+        if told[-1] == "0":
+            (Path(told[told.index("--checkpoint-path") + 1]) / "cpu.json").write_text(json.dumps(spent))
+        sys.exit(status)
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("--updates", type=int, default=200)
     compare(reader.parse_args().updates)
