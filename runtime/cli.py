@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from .config import Config, ConfigError, grid_only, parse, validate
+from .config import Config, ConfigError, grid_only, parse
+from .validation import validate
 
 log = logging.getLogger("farspan")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ctypes
 import logging
 import os
 from dataclasses import replace
@@ -21,11 +22,14 @@ from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
 from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
-from .config import Config, ConfigError, validate_length
+from .config import Config, ConfigError
 from .milestones import steps_of_epochs
 from .optim import Optimizer
 from .tasks import TaskMixture
 from .tokenizer import Vocabulary
+from .validation import validate_length
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 log = logging.getLogger("farspan")
 
@@ -120,6 +124,17 @@ def share_threads(meeting: Rendezvous) -> str:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // ranks))
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc not to give the activations of one step back to the kernel, only to fault them in again.
+
+    4 % of a step's time on CPU (`benchmarks/loopback.py`). Freed blocks stay with the process, for the next step.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
 
 
 def open_vocabulary(config: Config, spec: ModelSpec) -> Vocabulary:

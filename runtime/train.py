@@ -43,6 +43,7 @@ from .prepare import (
     describe,
     digest,
     fill,
+    keep_freed_memory,
     layer_split,
     make_evaluation_plan,
     make_plan,
@@ -182,6 +183,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
         config = shortened(config)
     device = pick_device(config)
     threads = share_threads(meeting)
+    keep_freed_memory()
     units = stage_units(split, place.stage)
     log.info(
         "rank %d: replica %d, stage %d of %d, %s, on %s%s, interface %s",

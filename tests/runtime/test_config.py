@@ -6,7 +6,8 @@ import re
 from dataclasses import fields
 
 import pytest
-from farspan.runtime.config import INERT, Config, ConfigError, first_host, parse, parser, validate
+from farspan.runtime.config import INERT, Config, ConfigError, first_host, parse, parser
+from farspan.runtime.validation import validate
 
 GOOD = [
     *("--model-name", "m", "--tokenizer-name", "m", "--task-name", "a.jsonl:0.5,b.jsonl", "--checkpoint-path", "c"),

@@ -1,0 +1,116 @@
+"""What flags must be, as far as that can be said without looking at a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .config import LOG_BACKENDS, Config, ConfigError, dash
+
+
+def validate(config: Config) -> None:
+    """Raises `ConfigError`, naming the flag."""
+    c = config
+
+    def refuse(bad: object, message: str) -> None:
+        if bad:
+            raise ConfigError(message)
+
+    grid = c.pipeline_group_size * c.data_group_size
+    refuse(not c.model_name, "--model-name is needed: a folder of layer shards, or a Hugging Face folder")
+    refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun or srun)")
+    refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun or srun)")
+    for name in (
+        "pipeline_group_size", "data_group_size", "seq_length", "batch_size", "micro_batch_size",
+        "gradient_accumulate_step", "pp_ahead", "loss_scale_window", "hysteresis",
+    ):  # fmt: skip
+        refuse(getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be at least 1")
+    for name in (
+        "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
+        "loss_scale", "data_workers",
+    ):  # fmt: skip
+        refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
+    refuse(
+        c.world_size != grid,
+        f"--world-size {c.world_size} is not --pipeline-group-size {c.pipeline_group_size} × "
+        f"--data-group-size {c.data_group_size} = {grid}",
+    )
+    refuse(c.rank >= c.world_size, f"--rank {c.rank} is not below --world-size {c.world_size}")
+    refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
+    refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
+    refuse(
+        c.batch_size % c.micro_batch_size,
+        f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
+    )
+    refuse(c.seq_length < 2, f"--seq-length {c.seq_length} must be at least 2: a token and the one to predict")
+    told = bool(c.task_name) + bool(c.task_config)
+    refuse(not told and c.rank == 0, "--task-name (or --task-config) is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
+    refuse(told > 1, "--task-name and --task-config say the same thing: give one")
+    refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
+    refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
+    refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")
+    refuse(
+        c.total_steps < 1 and not c.nepochs,
+        "--total-steps is needed: accumulation steps of the whole run (or --nepochs)",
+    )
+    refuse(
+        c.total_steps % c.gradient_accumulate_step,
+        f"--total-steps {c.total_steps} is not a multiple of --gradient-accumulate-step {c.gradient_accumulate_step}, "
+        "so the last steps would never reach the weights",
+    )
+    if not c.nepochs:
+        validate_length(c)
+    refuse(c.fp16 and c.bf16, "--fp16 and --bf16 exclude each other: give one")
+    for name in ("initial_loss_scale", "min_loss_scale"):
+        refuse(not 0 < getattr(c, name) < float("inf"), f"--{dash(name)} {getattr(c, name)} must be a positive number")
+    refuse(
+        c.initial_loss_scale < c.min_loss_scale,
+        f"--initial-loss-scale {c.initial_loss_scale} is below --min-loss-scale {c.min_loss_scale}",
+    )
+    refuse(not c.bucket_mb > 0, f"--bucket-mb {c.bucket_mb} must be more than 0")
+    refuse(
+        c.optimizer == "8bit-adam" and c.dp_mode == "zero1",
+        "--optimizer 8bit-adam has one scale for 256 elements, which the shards of --dp-mode zero1 would cut: "
+        "use adamw, or --dp-mode allreduce",
+    )
+    refuse(c.min_lr > c.lr, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
+    refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
+    refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
+    split = c.layer_split.replace(",", "")
+    refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    _validate_checkpoints(c, refuse)
+    _validate_evaluation(c, refuse)
+    for name in c.log_backends:
+        refuse(name not in LOG_BACKENDS, f"--train-log-backend {name!r} is none of {', '.join(LOG_BACKENDS)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        refuse(not 0 <= getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be in [0, 1)")
+
+
+def validate_length(c: Config) -> None:
+    """What can be said once the run's length is known: with --nepochs, after counting. Raises `ConfigError`."""
+    of = "(--total-steps ÷ --gradient-accumulate-step)"
+    for name in ("warmup_steps", "num_checkpoints"):
+        if getattr(c, name) > c.updates:
+            raise ConfigError(f"--{dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}")
+
+
+def _validate_checkpoints(c: Config, refuse: Callable[[object, str], None]) -> None:
+    for name in ("num_checkpoints", "load_step"):
+        refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
+    refuse(c.num_checkpoints and c.checkpoint_steps, "--num-checkpoints and --checkpoint-steps: give one")
+    refuse(
+        c.keep_checkpoints < 1 and c.keep_checkpoints != -1,
+        f"--keep-checkpoints {c.keep_checkpoints} must be at least 1, or -1 to keep all",
+    )
+    refuse(c.load_step and not c.load_checkpoint, "--load-step and --load-checkpoint false: give one")
+
+
+def _validate_evaluation(c: Config, refuse: Callable[[object, str], None]) -> None:
+    names = ("evaluation_steps", "evaluation_num_batch", "stop_perplexity", "patience")
+    for name in names:
+        refuse(not getattr(c, name) >= 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
+        refuse(
+            c.rank == 0 and getattr(c, name) and not c.evaluation_data,
+            f"--{dash(name)} needs --evaluation-data on rank 0: a jsonl file of held-out text",
+        )
+    for name in ("stop_perplexity", "patience"):
+        refuse(getattr(c, name) and not c.evaluation_steps, f"--{dash(name)} needs --evaluation-steps")
