@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -42,7 +43,7 @@ class Wires:
 
 
 def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every group of a run, in the one order in which all ranks create theirs (so that none waits in a circle).
+    """Every group of a run, in one order on all ranks.
 
     Each directed edge is a group of its own: two directions never block each other.
     """
@@ -76,11 +77,17 @@ def connect(
     """Create this rank's groups and lanes; blocks until all peers have come."""
     rank, liveness = meeting.rank, meeting.liveness
     here = topology.coord(rank)
-    groups: dict[str, Group] = {}
-    for name, members in group_members(topology, tied):
-        if rank in members:
-            liveness.check()
-            groups[name] = GlooGroup(meeting.store, name, members, rank, interface, config.join_timeout)
+
+    def group(name: str, members: tuple[int, ...]) -> Group:
+        return GlooGroup(meeting.store, name, members, rank, interface, config.join_timeout)
+
+    # Each takes some round trips and waits for all its members: side by side, all together take no longer than one.
+    own = [(name, members) for name, members in group_members(topology, tied) if rank in members]
+    makers = [ThreadLane(f"connecting {name}", check=liveness.check, on_error=liveness.report) for name, _ in own]
+    tickets = [maker.submit(partial(group, *facts)) for maker, facts in zip(makers, own, strict=True)]
+    groups: dict[str, Group] = {name: ticket.get() for (name, _), ticket in zip(own, tickets, strict=True)}
+    for maker in makers:
+        maker.close()
     codec, lanes, timeout_s = RawCodec(), [], config.wire_timeout
 
     def lane(name: str) -> ThreadLane:
