@@ -139,6 +139,7 @@ def meet(config: Config, timeout_s: float, via: Interface | None = None) -> Rend
         on_hopeless=leave,
         secret=secret,
         via=via,
+        heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
     )
 
 
