@@ -24,7 +24,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import Store
@@ -110,7 +110,7 @@ class StoreServer:
                 if not 1 <= size <= LARGEST:
                     raise ValueError(f"a request of {size} bytes")
                 code, fields = unpack(await reader.readexactly(size))
-                beats = beats or (code == ADD and fields[0] == b"beat/%d" % rank)
+                beats = beats or (code == ADD and fields[0] == f"beat/{rank}".encode())
                 writer.write(await self._answer(code, fields))
                 await writer.drain()
         except (TimeoutError, ValueError) as error:
@@ -120,7 +120,7 @@ class StoreServer:
         finally:
             writer.close()
             if beats and f"bye/{rank}" not in self._values:
-                self._values[GONE] = b",".join(filter(None, (self._values.get(GONE), b"%d" % rank)))
+                self._values[GONE] = b",".join(filter(None, (self._values.get(GONE), str(rank).encode())))
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
         """The rank at the other end, or None where it cannot prove that it knows the secret."""
@@ -184,6 +184,8 @@ class StoreClient(Store):
         self.where = f"{host}:{port}"
         self._rank, self._timeout_s = rank, timeout_s
         self._lock = threading.Lock()
+        self._patient: Callable[[float], bool] | None = None
+        self._look_s = timeout_s
         self._socket = self._dial(host, port)
         try:
             self._prove(secret)
@@ -232,6 +234,8 @@ class StoreClient(Store):
             self._socket.settimeout(patience_s + self._timeout_s)
             try:
                 self._socket.sendall(pack(code, *fields))
+                if self._patient is not None:
+                    self._await(self._patient)
                 (size,) = struct.unpack("!I", self._read(4))
                 answer, values = unpack(self._read(size))
             except (OSError, EOFError) as error:
@@ -266,9 +270,26 @@ class StoreClient(Store):
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         return self._ask(COMPARE_SET, key.encode(), expected.encode(), desired.encode())[0]
 
-    def answer_within(self, timeout_s: float) -> None:
-        """From now on, the store is gone when it has not answered for `timeout_s` seconds."""
-        self._timeout_s = timeout_s
+    @property
+    def peer(self) -> tuple:
+        """The store's address, as this connection has it."""
+        return self._socket.getpeername()
+
+    def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
+        """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
+        is false."""
+        self._patient, self._look_s = patient, look_s
+
+    def _await(self, patient: Callable[[float], bool]) -> None:
+        start = time.monotonic()
+        self._socket.settimeout(self._look_s)
+        while True:
+            try:
+                self._socket.recv(1, socket.MSG_PEEK)
+                return
+            except TimeoutError:
+                if not patient(time.monotonic() - start):
+                    raise
 
     def close(self) -> None:
         self._socket.close()
