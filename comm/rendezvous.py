@@ -14,9 +14,6 @@ from .interfaces import Interface, interfaces
 from .liveness import Liveness
 from .store import KeysMissing, StoreClient, StoreServer
 
-_ANSWER_S = 10.0
-"""How long a store that accepts connections may take to answer."""
-
 
 def parse_url(url: str) -> tuple[str, int]:
     """`tcp://host:port` → (host, port). Raises `RendezvousError`."""
@@ -35,6 +32,7 @@ class Rendezvous:
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
+    `heartbeat_s`: period and patience of `Liveness`.
     """
 
     def __init__(
@@ -47,6 +45,7 @@ class Rendezvous:
         on_hopeless: Callable[[str], None],
         secret: bytes = b"",
         via: Interface | None = None,
+        heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
@@ -59,8 +58,10 @@ class Rendezvous:
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = StoreClient(host, port, rank, secret, _ANSWER_S)
-        self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
+        period_s, patience_s = heartbeat_s
+        watch = StoreClient(host, port, rank, secret, patience_s)
+        name = via.name if via is not None else ""
+        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
 
@@ -91,7 +92,7 @@ class Rendezvous:
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
         line = self.liveness.report(error)
-        self.liveness.linger(_ANSWER_S)
+        self.liveness.linger()
         return RemoteFailure(line)
 
     def close(self) -> None:

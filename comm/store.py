@@ -43,6 +43,8 @@ UNPROVEN = 1024
 """How many connections may be proving themselves at once; further ones wait in the kernel's queue."""
 LARGEST = 64 * 2**20
 """Bytes of the largest request or answer."""
+GONE = "gone"
+"""The key under which stand the ranks, by commas, whose beating connection closed without a farewell (`bye/RANK`)."""
 SET, GET, ADD, CHECK, WAIT, COMPARE_SET, DONE, TIMEOUT = range(8)
 
 log = logging.getLogger("farspan")
@@ -109,6 +111,7 @@ class StoreServer:
         host, port, *_ = writer.get_extra_info("peername")
         who = f"{host}:{port}"
         waiting: set[asyncio.Task] = set()
+        rank, beats = None, False
         try:
             async with self._proving, asyncio.timeout(PROOF_S):
                 rank = await self._prove(reader, writer)
@@ -120,6 +123,7 @@ class StoreServer:
                 if not 1 <= size <= LARGEST:
                     raise ValueError(f"a request of {size} bytes")
                 code, (tag, *fields) = unpack(await reader.readexactly(size))
+                beats = beats or (code == ADD and fields[0] == f"beat/{rank}".encode())
                 if code in (GET, WAIT):
                     timeout_s, keys = float(fields[0]), [f.decode() for f in fields[1:]]
                     task = asyncio.create_task(self._answer_later(writer, code, tag, keys, timeout_s))
@@ -131,11 +135,13 @@ class StoreServer:
         except (TimeoutError, ValueError) as error:
             log.warning("refused %s: it does not speak as a rank of this run does (%s)", who, error or "too slow")
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            log.debug("%s left", who)  # whether that is a loss, the heartbeats tell
+            log.debug("%s left", who)
         finally:
             for task in waiting:
                 task.cancel()
             writer.close()
+            if beats and f"bye/{rank}" not in self._values:
+                self._values[GONE] = b",".join(filter(None, (self._values.get(GONE), str(rank).encode())))
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
         """The rank at the other end, or None where it cannot prove that it knows the secret."""
@@ -209,6 +215,8 @@ class StoreClient(Store):
         self._tags = itertools.count()
         self._asked: dict[bytes, futures.Future[tuple[int, list[bytes]]]] = {}
         self._gone: Exception | None = None
+        self._patient: Callable[[float], bool] = lambda seconds: seconds < timeout_s
+        self._look_s = 0.2
         self._socket = self._dial(host, port)
         try:
             self._prove(secret)
@@ -284,17 +292,30 @@ class StoreClient(Store):
                 raise self._lost(error) from error
         return future
 
-    def _result(self, answer: futures.Future[tuple[int, list[bytes]]], patience_s: float = 0.0) -> list[bytes]:
+    def _result(
+        self,
+        answer: futures.Future[tuple[int, list[bytes]]],
+        patience_s: float = 0.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[bytes]:
+        """What was answered; it may wait `patience_s` for keys."""
+        start = time.monotonic()
         try:
-            code, values = answer.result(patience_s + self._timeout_s)
-        except (OSError, EOFError, ValueError, KeyError) as error:  # also where no answer came in time
+            while not futures.wait([answer], self._look_s).done:
+                check()
+                if not self._patient(time.monotonic() - start - patience_s):
+                    raise TimeoutError("no answer")
+            code, values = answer.result()
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise self._lost(error) from error
         if code == TIMEOUT:
             raise KeysMissing(self._rank, [value.decode() for value in values], patience_s)
         return values
 
     def _lost(self, error: Exception) -> StoreLost:
-        return StoreLost(f"rank {self._rank}: the store at {self.where} is gone: {str(error) or 'no answer'}")
+        return StoreLost(
+            f"rank {self._rank}: the store at {self.where} is gone: {error}; see rank 0's last line for why"
+        )
 
     def _ask(self, code: int, *fields: bytes, patience_s: float = 0.0) -> list[bytes]:
         return self._result(self._post(code, *fields), patience_s)
@@ -308,10 +329,7 @@ class StoreClient(Store):
         """
         self._post(SET, key.encode(), value.encode())
         answer = self._post(GET, str(timeout_s).encode(), *_encode(keys))
-        deadline = time.monotonic() + timeout_s + self._timeout_s
-        while not futures.wait([answer], 0.2).done and time.monotonic() < deadline:
-            check()
-        return self._result(answer, timeout_s)
+        return self._result(answer, timeout_s, check)
 
     # The names and meanings are those of torch.distributed.Store, so that Gloo's groups can use it.
 
@@ -339,6 +357,16 @@ class StoreClient(Store):
 
     def has_extended_api(self) -> bool:
         return True  # that is, `multi_get`: one question for all members of a group
+
+    @property
+    def peer(self) -> tuple:
+        """The store's address, as this connection has it."""
+        return self._socket.getpeername()
+
+    def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
+        """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
+        is false."""
+        self._patient, self._look_s = patient, look_s
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other side was faster

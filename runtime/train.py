@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..comm.errors import InterfaceError, WireError
+from ..comm.errors import InterfaceError, WireError, line_of
 from ..comm.interfaces import Interface, interface, interface_towards
 from ..comm.rendezvous import Rendezvous, parse_url
 from ..comm.topology import Topology
@@ -104,11 +104,11 @@ def run(config: Config) -> int:
     meeting = None
     try:
         signals = Signals()
-        # An interface that cannot be used is told to the others too, so it must not keep this rank from meeting them.
         wire = find_interface(config)
-        meeting = meet(config, config.join_timeout, wire if isinstance(wire, Interface) else None)
         if isinstance(wire, InterfaceError):
+            tell(wire, config)
             raise wire
+        meeting = meet(config, config.join_timeout, wire)
         train(config, meeting, signals, wire)
         meeting.close()
         return 0
@@ -117,7 +117,7 @@ def run(config: Config) -> int:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
             error = RuntimeError(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)")
-        leave(str(meeting.failed(error)) if meeting is not None else str(error))
+        leave(line_of(config.rank, meeting.failed(error) if meeting is not None else error))
         raise AssertionError("unreachable") from error
 
 
@@ -139,6 +139,7 @@ def meet(config: Config, timeout_s: float, via: Interface | None = None) -> Rend
         on_hopeless=leave,
         secret=secret,
         via=via,
+        heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
     )
 
 

@@ -35,6 +35,13 @@ def validate(config: Config) -> None:
         f"--data-group-size {c.data_group_size} = {grid}",
     )
     refuse(c.rank >= c.world_size, f"--rank {c.rank} is not below --world-size {c.world_size}")
+    for name in ("join_timeout", "wire_timeout", "heartbeat_period"):
+        refuse(not getattr(c, name) > 0, f"--{dash(name)} {getattr(c, name)} must be more than 0 seconds")
+    least = max(3 * c.heartbeat_period, 2.0)  # TCP's own probes come once a second at most
+    refuse(
+        not c.heartbeat_patience >= least,
+        f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
+    )
     refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
     refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
     refuse(
