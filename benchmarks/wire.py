@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from farspan.comm.codec import RawCodec
 from farspan.comm.gloo import GlooGroup
-from farspan.comm.lane import ThreadLane
+from farspan.comm.lane import ThreadLane, Ticket
 from farspan.comm.link import Receiver, Sender
 from farspan.comm.rendezvous import Rendezvous
 from farspan.comm.topology import Topology
@@ -142,6 +142,12 @@ class Bare:
         for _ in range(count):
             self._pg.send([self._x], self._to, 0).wait()
 
+    def expect(self, count: int) -> None:
+        """Nothing: Gloo alone posts a receive when it is asked for, and waits for what it sends at once."""
+
+    def finish(self) -> None:
+        """Nothing, likewise."""
+
     def receive(self, count: int) -> None:
         for _ in range(count):
             self._pg.recv([self._x], self._to, 0).wait()
@@ -152,15 +158,23 @@ class Linked:
 
     def __init__(self, out: GlooGroup, into: GlooGroup, x: torch.Tensor) -> None:
         self._x, peer = x, 1 - out.rank
+        self._tickets: list[Ticket] = []
         self._sender = Sender(out, peer, RawCodec(), ThreadLane("send"), PATIENCE_S)
         self._receiver = Receiver(into, peer, RawCodec(), ThreadLane("receive"), PATIENCE_S, device=torch.device("cpu"))
 
     def send(self, count: int) -> None:
-        for ticket in [self._sender.send(self._x) for _ in range(count)]:
+        self._tickets += [self._sender.send(self._x) for _ in range(count)]
+
+    def finish(self) -> None:
+        """A run waits for what it sent when it must: at the end of its step."""
+        for ticket in self._tickets:
             ticket.get()
+        self._tickets = []
+
+    def expect(self, count: int) -> None:
+        self._receiver.expect(count, tuple(self._x.shape), self._x.dtype)
 
     def receive(self, count: int) -> None:
-        self._receiver.expect(count, tuple(self._x.shape), self._x.dtype)
         for _ in range(count):
             self._receiver.recv().get()
 
@@ -177,16 +191,24 @@ def messages(rank: int, folder: str, nbytes: int, count: int, rounds: int) -> di
     bare, bare_back = Bare(groups["bare"], x), Bare(groups["bare back"], x)
 
     def stream(end: Bare | Linked) -> None:
-        end.send(count) if rank == 0 else end.receive(count)
+        if rank == 0:
+            end.send(count)
+            end.finish()
+        else:
+            end.expect(count)
+            end.receive(count)
 
     def there_and_back(first: Bare | Linked, second: Bare | Linked) -> None:
+        out, into = (first, second) if rank == 0 else (second, first)
+        into.expect(count // 2)
         for _ in range(count // 2):
             if rank == 0:
-                first.send(1)
-                second.receive(1)
+                out.send(1)
+                into.receive(1)
             else:
-                first.receive(1)
-                second.send(1)
+                into.receive(1)
+                out.send(1)
+        out.finish()
 
     work = {
         "stream, bare": partial(stream, bare),
