@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..comm.rendezvous import Rendezvous
+from ..comm.transport import prepare
 from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
@@ -100,8 +101,12 @@ def describe(units: range, spec: ModelSpec) -> str:
     return " + ".join(parts + (["head"] if units.stop == spec.unit_count else []))
 
 
-def pick_device(config: Config) -> torch.device:
-    """What --use-cuda and --cuda-id say, or a CUDA device where there is one. Raises `ConfigError`."""
+def pick_device(config: Config, interface: str) -> torch.device:
+    """What --use-cuda and --cuda-id say, or a CUDA device where there is one; ready for what the backends need.
+
+    Raises `ConfigError` or `InterfaceError`."""
+    for library in {config.pp_library, config.dp_library}:
+        prepare(library, interface)
     available = torch.cuda.is_available()
     if config.use_cuda == "true" and not available:
         raise ConfigError("--use-cuda true, but torch sees no CUDA device here")

@@ -42,8 +42,11 @@ def validate(config: Config) -> None:
         not c.heartbeat_patience >= least,
         f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
     )
-    refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
-    refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
+    for name, library in (("dist_backend", c.pp_library), ("dp_backend", c.dp_library)):
+        refuse(
+            library == "nccl" and c.use_cuda == "false",
+            f"--{dash(name)} {getattr(c, name)} works on CUDA devices alone, and --use-cuda is false: use gloo",
+        )
     refuse(
         c.batch_size % c.micro_batch_size,
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
