@@ -94,7 +94,9 @@ class DataFlags:
     rows: str = _flag(
         "packed", "packed: documents follow one another; padded: one a sequence", choices=("packed", "padded")
     )
-    special_tokens: str = _flag("", 'JSON file {"tokens": […]} of tokens to add to tokenizer and model', agree=False)
+    special_tokens: str = _flag(
+        "", 'JSON file of tokens to add to tokenizer and model: {"tokens": ["<START_Q>", …]}', agree=False
+    )
     bad_lines: str = _flag("error", "what a line that cannot be used does", choices=("error", "skip"))
     data_workers: int = _flag(
         0, "processes that tokenise ahead of the run; 0: rank 0 does it beside its stage", agree=False
