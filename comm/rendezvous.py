@@ -37,6 +37,7 @@ class Rendezvous:
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
+    Connections to the store leave by `leave_by` [by the route].
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Rendezvous:
         on_hopeless: Callable[[str], None],
         secret: bytes = b"",
         via: Interface | None = None,
+        leave_by: Interface | None = None,
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
@@ -57,11 +59,11 @@ class Rendezvous:
         if rank == 0:
             host = self._own_address(host, via)
             self._server = self._serve(host, port, secret)
-        self.store = StoreClient(host, port, rank, secret, timeout_s)
+        self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = StoreClient(host, port, rank, secret, _ANSWER_S)
+        watch = StoreClient(host, port, rank, secret, _ANSWER_S, leave_by)
         self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
@@ -118,7 +120,8 @@ class Rendezvous:
         except (OSError, UnicodeError):
             named = []
         local = {address for found in interfaces().values() for address in found.addresses}
-        for address in named:
+        own = via.addresses if via is not None else ()
+        for address in sorted(named, key=lambda address: address not in own):
             if address in local:
                 return str(address)
         if via is None:
