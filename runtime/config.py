@@ -191,10 +191,13 @@ class EvaluationFlags:
     """evaluation"""
 
     evaluation_data: str = _flag(
-        "", "jsonl file of held-out text, evaluated at the end of the run at least; rank 0 needs it", agree=False
+        "",
+        "held-out data, evaluated at the end of the run at least: a task's path, or a .json file as of --task-config; "
+        "rank 0 needs it",
+        agree=False,
     )
     evaluation_steps: int = _flag(0, "evaluate each time this many accumulation steps are done; 0: only at the end")
-    evaluation_num_batch: int = _flag(0, "global batches of one evaluation; 0: the whole file")
+    evaluation_num_batch: int = _flag(0, "global batches of one evaluation; 0: all of it")
     stop_perplexity: float = _flag(0.0, "end the run when an evaluation's perplexity is at most this; 0: never")
     patience: int = _flag(0, "end the run after this many evaluations in a row that are no improvement; 0: never")
 

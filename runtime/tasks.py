@@ -73,7 +73,7 @@ class _Block(NamedTuple):
 
 
 class Task:
-    """One source, read in a new seeded order each epoch.
+    """One source, read in a new seeded order each epoch, or in its own if it is not `shuffled`.
 
     Documents are tokenised in blocks whose borders depend on the source alone, so neither stopping nor the number of
     worker processes changes a token.
@@ -89,9 +89,11 @@ class Task:
         *,
         skip_bad: bool = False,
         share: float = 1.0,
+        shuffled: bool = True,
     ) -> None:
         self.spec, self.source, self.cursor = spec, source, Cursor()
         self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
+        self._shuffled = shuffled
         mean = max(1, source.size // source.rows)
         self._step = max(1, min(256, BLOCK_BYTES // mean))
         self._ahead = max(1, round(pool.ahead * share)) if pool.ahead else 0
@@ -198,15 +200,15 @@ class Task:
             assert (epoch, at) == (cursor.epoch, start)
             block = made if isinstance(made, Block) else made.get()
             self._current = _Block(epoch, at, block, block.ends.tolist(), numbers)
-            self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
-            if self._barren >= self.source.rows:
-                raise DataError(f"{self.spec.path}: no line of it gives any token")
-            self.prefetch()
             if block.faults and not self._skip_bad:
                 row = min(block.faults)
                 raise DataError(
                     f"{self.source.where(int(numbers[row]))}: {block.faults[row]} (--bad-lines skip goes on without)"
                 )
+            self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
+            if self._barren >= self.source.rows:
+                raise DataError(f"{self.spec.path}: no line of it gives any token")
+            self.prefetch()
         return self._current
 
     def _ask(self, epoch: int, start: int) -> tuple[np.ndarray, Pending | Block]:
@@ -221,7 +223,8 @@ class Task:
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             order = np.arange(self.source.rows, dtype=np.uint32 if self.source.rows < 1 << 32 else np.int64)
-            np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
+            if self._shuffled:
+                np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
             self._orders[epoch] = order
         return self._orders[epoch]
 

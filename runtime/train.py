@@ -196,7 +196,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
-    held_out = open_held_out(config, topology, vocabulary.document) if vocabulary is not None else None
+    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
     facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]

@@ -116,7 +116,7 @@ def _validate_evaluation(c: Config, refuse: Callable[[object, str], None]) -> No
         refuse(not getattr(c, name) >= 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
         refuse(
             c.rank == 0 and getattr(c, name) and not c.evaluation_data,
-            f"--{dash(name)} needs --evaluation-data on rank 0: a jsonl file of held-out text",
+            f"--{dash(name)} needs --evaluation-data on rank 0: the path of held-out data",
         )
     for name in ("stop_perplexity", "patience"):
         refuse(getattr(c, name) and not c.evaluation_steps, f"--{dash(name)} needs --evaluation-steps")
