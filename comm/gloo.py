@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from .errors import InterfaceError, LinkTimeout, PeerLost, WireError
+from .group import add_in_order
+from .staging import placed
 
 # torch ships no types for this class's methods.
 ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo
+_HOST = torch.device("cpu")
 
 
 def _reason(error: RuntimeError) -> str:
@@ -33,8 +36,11 @@ def _is_timeout(error: RuntimeError) -> bool:
 class GlooGroup:
     """A `Group` over Gloo. Two groups never share a connection, so they never block each other.
 
-    Creating one blocks until all members have come, at most `timeout_s` seconds.
+    Creating one blocks until all members have come, at most `timeout_s` seconds. What lies on a CUDA device goes
+    through pinned memory, queued on the current stream.
     """
+
+    ahead = 2
 
     def __init__(
         self, store: Store, name: str, members: tuple[int, ...], rank: int, interface: str, timeout_s: float
@@ -54,35 +60,38 @@ class GlooGroup:
         return len(self.members)
 
     def send(self, x: Tensor, to: int, *, timeout_s: float, operation: str = "send") -> None:
-        self._run(lambda: self._pg.send([x], self.members.index(to), 0), to, timeout_s, operation)
+        with placed(x, _HOST, write=False) as host:
+            self._run(lambda: self._pg.send([host], self.members.index(to), 0), to, timeout_s, operation)
 
     def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None:
-        self._run(lambda: self._pg.recv([out], self.members.index(source), 0), source, timeout_s, operation)
+        with placed(out, _HOST, read=False) as host:
+            self._run(lambda: self._pg.recv([host], self.members.index(source), 0), source, timeout_s, operation)
 
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         # Without a deadline of their own, collectives take the one for connecting, and go on when the wait has ended.
         limit = timedelta(seconds=timeout_s)
-        self._run(lambda: self._pg.allreduce(x, timeout=limit), self._other, timeout_s, operation)
+        with placed(x, _HOST) as host:
+            self._run(lambda: self._pg.allreduce(host, timeout=limit), self._other, timeout_s, operation)
 
     def reduce_scatter(self, x: Tensor, *, timeout_s: float, operation: str = "reduce-scatter") -> None:
         # Gloo's own is an all-reduce that throws most of its result away.
-        places = x.view(self.size, -1)
-        arriving = torch.empty_like(places)
-        self._exchange(places, arriving, timeout_s, operation)
-        own = self.members.index(self.rank)
-        arriving[own] = places[own]
-        places[own] = arriving[0]
-        for other in arriving[1:]:
-            places[own] += other
+        with placed(x, _HOST) as host:
+            places = host.view(self.size, -1)
+            arriving = torch.empty_like(places)
+            self._exchange(places, arriving, timeout_s, operation)
+            add_in_order(places, arriving, self.members.index(self.rank))
 
     def all_gather(self, x: Tensor, *, timeout_s: float, operation: str = "all-gather") -> None:
-        places = x.view(self.size, -1)
-        own = places[self.members.index(self.rank)]
-        self._exchange([own] * self.size, places, timeout_s, operation)
+        with placed(x, _HOST) as host:
+            places = host.view(self.size, -1)
+            own = places[self.members.index(self.rank)]
+            self._exchange([own] * self.size, places, timeout_s, operation)
 
     def broadcast(self, x: Tensor, source: int, *, timeout_s: float, operation: str = "broadcast") -> None:
         root, limit = self.members.index(source), timedelta(seconds=timeout_s)
-        self._run(lambda: self._pg.broadcast(x, root, timeout=limit), self._other, timeout_s, operation)
+        mine = source == self.rank
+        with placed(x, _HOST, read=mine, write=not mine) as host:
+            self._run(lambda: self._pg.broadcast(host, root, timeout=limit), self._other, timeout_s, operation)
 
     def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None:
         # An all-reduce of one number, since Gloo's own barrier leaves no way to name a deadline per call.

@@ -25,11 +25,12 @@ class Sender:
         def work() -> None:
             self._group.send(self._codec.encode(x), self._to, timeout_s=self._timeout_s, operation=f"sending {label}")
 
-        return self._lane.submit(work, label=label)
+        return self._lane.submit(work, label=label, uses=x)
 
 
 class Receiver:
-    """The receiving end of an edge. Up to `depth` receives are posted before anyone asks for their results."""
+    """The receiving end of an edge. Up to `depth` receives are posted before anyone asks for their results; 0: each
+    when it is asked for."""
 
     def __init__(
         self,
@@ -54,16 +55,21 @@ class Receiver:
 
     def recv(self) -> Ticket:
         """The next message that was expected, as a ticket for its tensor."""
+        if not self._posted:
+            self._post()
         ticket = self._posted.popleft()
         self._top_up()
         return ticket
 
     def _top_up(self) -> None:
         while self._due and len(self._posted) < self._depth:
-            shape, dtype, label = self._due.popleft()
-            self._posted.append(self._lane.submit(partial(self._receive, shape, dtype, label), label=label))
+            self._post()
+
+    def _post(self) -> None:
+        shape, dtype, label = self._due.popleft()
+        self._posted.append(self._lane.submit(partial(self._receive, shape, dtype, label), label=label))
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, label: str) -> Tensor:
-        wire = torch.empty(self._codec.nbytes(shape, dtype), dtype=torch.uint8)
+        wire = torch.empty(self._codec.nbytes(shape, dtype), dtype=torch.uint8, device=self._device)
         self._group.recv(wire, self._source, timeout_s=self._timeout_s, operation=f"receiving {label}")
         return self._codec.decode(wire, shape, dtype, self._device)

@@ -61,8 +61,12 @@ class GridFlags:
         "", "true or false [true where there is a CUDA device]", choices=("true", "false"), agree=False
     )
     cuda_id: int = _flag(0, "number of the CUDA device [LOCAL_RANK or SLURM_LOCALID]", agree=False)
-    dist_backend: str = _flag("gloo", "what carries activations and control", choices=("gloo", "nccl", "cupy_nccl"))
-    dp_backend: str = _flag("gloo", "what carries gradients between replicas", choices=("gloo", "nccl"))
+    dist_backend: str = _flag(
+        "gloo", "what carries activations between stages; cupy_nccl is nccl", choices=("gloo", "nccl", "cupy_nccl")
+    )
+    dp_backend: str = _flag(
+        "gloo", "what carries gradients between replicas; cupy_nccl is nccl", choices=("gloo", "nccl", "cupy_nccl")
+    )
     join_timeout: float = _flag(300.0, "seconds to wait for the master and for all ranks at the start")
     secret_file: str = _flag("", "file with a secret that every rank must prove to share [none]", agree=False)
     wire_timeout: float = _flag(1800.0, "seconds that any one wait for a peer may take during the run")
@@ -229,6 +233,16 @@ class Config(
     @property
     def updates(self) -> int:
         return self.total_steps // self.gradient_accumulate_step
+
+    @property
+    def pp_library(self) -> str:
+        """--dist-backend, by its present name."""
+        return self.dist_backend.removeprefix("cupy_")
+
+    @property
+    def dp_library(self) -> str:
+        """--dp-backend, by its present name."""
+        return self.dp_backend.removeprefix("cupy_")
 
     @property
     def lr_floor(self) -> float:

@@ -175,7 +175,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
     if config.as_test:
         config = shortened(config)
-    device = pick_device(config)
+    device = pick_device(config, network)
     threads = share_threads(meeting)
     keep_freed_memory()
     units = stage_units(split, place.stage)

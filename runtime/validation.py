@@ -36,13 +36,16 @@ def validate(config: Config) -> None:
     )
     refuse(c.rank >= c.world_size, f"--rank {c.rank} is not below --world-size {c.world_size}")
     refuse(
-        c.dp_net_interface not in ("", c.net_interface) and "nccl" in c.dist_backend and "nccl" in c.dp_backend,
+        c.dp_net_interface not in ("", c.net_interface) and c.pp_library == c.dp_library == "nccl",
         f"--dp-net-interface {c.dp_net_interface}: NCCL has one interface a process, so with --dist-backend "
         f"{c.dist_backend} and --dp-backend {c.dp_backend} both must take --net-interface "
         f"{c.net_interface or '[the one that reaches rank 0]'}; or let gloo carry one of the two",
     )
-    refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
-    refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
+    for name, library in (("dist_backend", c.pp_library), ("dp_backend", c.dp_library)):
+        refuse(
+            library == "nccl" and c.use_cuda == "false",
+            f"--{dash(name)} {getattr(c, name)} works on CUDA devices alone, and --use-cuda is false: use gloo",
+        )
     refuse(
         c.batch_size % c.micro_batch_size,
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",

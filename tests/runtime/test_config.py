@@ -60,8 +60,11 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--total-steps 0", "--total-steps is needed"),
         ("--gradient-accumulate-step 3", "--total-steps 8 is not a multiple of --gradient-accumulate-step 3"),
         ("--warmup-steps 9", "--warmup-steps 9 is more than the run's 8 updates"),
-        ("--dp-backend nccl", "--dp-backend nccl is not supported"),
-        ("--dist-backend cupy_nccl", "--dist-backend cupy_nccl is not supported"),
+        (
+            "--dp-backend nccl --use-cuda false",
+            "--dp-backend nccl works on CUDA devices alone, and --use-cuda is false",
+        ),
+        ("--dist-backend cupy_nccl --use-cuda false", "--dist-backend cupy_nccl works on CUDA devices alone"),
         ("--lr -1", "--lr -1.0 must not be negative"),
         ("--seq-length 1", "--seq-length 1 must be at least 2"),
         ("--train-log-backend print,csv", "--train-log-backend 'csv' is none of print, wandb, tensorboard"),
