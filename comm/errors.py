@@ -1,4 +1,4 @@
-"""What can go wrong on a wire. Each message is one line and names rank, peer, interface, operation and seconds."""
+"""What can go wrong on a wire. Each message is one line: rank, peer, interface, operation, seconds, and what to try."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ class WireError(RuntimeError):
 
 class _OperationError(WireError):
     what = "failed"
+    advice = ""
 
     def __init__(
         self,
@@ -42,12 +43,26 @@ class PeerLost(_OperationError):
     """A peer's process or its connection is gone."""
 
     what = "lost {who}"
+    advice = "see {whose} last line and its host's log for why; start all ranks again, and they resume"
+
+
+class PeerSilent(PeerLost):
+    """Nothing was heard of a peer for the patience: its process is stopped, or its host or the way there is gone."""
+
+    what = "no sign of life from {who}"
+    advice = (
+        "is its process stopped, its host down, or a firewall on the way over {interface}? Try ping, then start all "
+        "ranks again, and they resume"
+    )
 
 
 class LinkTimeout(_OperationError):
     """A peer is there, as far as known, but an operation passed its deadline."""
 
     what = "timed out waiting for {who}"
+    advice = (
+        "where {who} or the link over {interface} is only slow, give a longer --wire-timeout (to start, --join-timeout)"
+    )
 
 
 class Mismatch(WireError):

@@ -16,9 +16,6 @@ from .interfaces import Interface, interfaces
 from .liveness import Liveness
 from .store import StoreClient, StoreServer
 
-_ANSWER_S = 10.0
-"""How long a store that accepts connections may take to answer."""
-
 
 def parse_url(url: str) -> tuple[str, int]:
     """`tcp://host:port` → (host, port). Raises `RendezvousError`."""
@@ -38,6 +35,7 @@ class Rendezvous:
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
     Connections to the store leave by `leave_by` [by the route].
+    `heartbeat_s`: period and patience of `Liveness`.
     """
 
     def __init__(
@@ -51,6 +49,7 @@ class Rendezvous:
         secret: bytes = b"",
         via: Interface | None = None,
         leave_by: Interface | None = None,
+        heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
@@ -63,8 +62,10 @@ class Rendezvous:
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = StoreClient(host, port, rank, secret, _ANSWER_S, leave_by)
-        self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
+        period_s, patience_s = heartbeat_s
+        watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
+        name = via.name if via is not None else f"towards {self.where}"
+        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
 
@@ -100,7 +101,7 @@ class Rendezvous:
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
         line = self.liveness.report(error)
-        self.liveness.linger(_ANSWER_S)
+        self.liveness.linger()
         return RemoteFailure(line)
 
     def close(self) -> None:

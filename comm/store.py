@@ -40,6 +40,8 @@ UNPROVEN = 1024
 """How many connections may be proving themselves at once; further ones wait in the kernel's queue."""
 LARGEST = 64 * 2**20
 """Bytes of the largest request or answer."""
+GONE = "gone"
+"""The key under which stand the ranks, by commas, whose beating connection closed without a farewell (`bye/RANK`)."""
 SET, GET, ADD, CHECK, WAIT, COMPARE_SET, DONE, TIMEOUT = range(8)
 
 log = logging.getLogger("farspan")
@@ -97,6 +99,7 @@ class StoreServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port, *_ = writer.get_extra_info("peername")
         who = f"{host}:{port}"
+        rank, beats = None, False
         try:
             async with self._proving, asyncio.timeout(PROOF_S):
                 rank = await self._prove(reader, writer)
@@ -108,14 +111,17 @@ class StoreServer:
                 if not 1 <= size <= LARGEST:
                     raise ValueError(f"a request of {size} bytes")
                 code, fields = unpack(await reader.readexactly(size))
+                beats = beats or (code == ADD and fields[0] == f"beat/{rank}".encode())
                 writer.write(await self._answer(code, fields))
                 await writer.drain()
         except (TimeoutError, ValueError) as error:
             log.warning("refused %s: it does not speak as a rank of this run does (%s)", who, error or "too slow")
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            log.debug("%s left", who)  # whether that is a loss, the heartbeats tell
+            log.debug("%s left", who)
         finally:
             writer.close()
+            if beats and f"bye/{rank}" not in self._values:
+                self._values[GONE] = b",".join(filter(None, (self._values.get(GONE), str(rank).encode())))
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
         """The rank at the other end, or None where it cannot prove that it knows the secret."""
@@ -233,7 +239,9 @@ class StoreClient(Store):
                 (size,) = struct.unpack("!I", self._read(4))
                 answer, values = unpack(self._read(size))
             except (OSError, EOFError) as error:
-                raise StoreLost(f"rank {self._rank}: the store at {self.where} is gone: {error}") from error
+                raise StoreLost(
+                    f"rank {self._rank}: the store at {self.where} is gone: {error}; see rank 0's last line for why"
+                ) from error
         if answer == TIMEOUT:
             raise TimeoutError(f"rank {self._rank}: no {', '.join(v.decode() for v in values)} in {patience_s:.0f} s")
         return values
@@ -261,6 +269,10 @@ class StoreClient(Store):
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         return self._ask(COMPARE_SET, key.encode(), expected.encode(), desired.encode())[0]
+
+    def answer_within(self, timeout_s: float) -> None:
+        """From now on, the store is gone when it has not answered for `timeout_s` seconds."""
+        self._timeout_s = timeout_s
 
     def close(self) -> None:
         self._socket.close()

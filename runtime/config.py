@@ -73,6 +73,8 @@ class GridFlags:
     dp_net_interface: str = _flag(
         "", "network interface for the gradients that replicas sum [--net-interface]", agree=False
     )
+    heartbeat_period: float = _flag(1.0, "seconds between two signs of life, in the store and on every connection")
+    heartbeat_patience: float = _flag(10.0, "seconds of silence after which a rank or a connection is given up")
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ def meet(config: Config, timeout_s: float, network: Network | None = None) -> Re
         secret=secret,
         via=network.wire if network is not None else None,
         leave_by=network.wire if network is not None and network.named else None,
+        heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
     )
 
 

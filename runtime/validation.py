@@ -46,6 +46,13 @@ def validate(config: Config) -> None:
             library == "nccl" and c.use_cuda == "false",
             f"--{dash(name)} {getattr(c, name)} works on CUDA devices alone, and --use-cuda is false: use gloo",
         )
+    for name in ("join_timeout", "wire_timeout", "heartbeat_period"):
+        refuse(not getattr(c, name) > 0, f"--{dash(name)} {getattr(c, name)} must be more than 0 seconds")
+    least = max(3 * c.heartbeat_period, 2.0)  # TCP's own probes come once a second at most
+    refuse(
+        not c.heartbeat_patience >= least,
+        f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
+    )
     refuse(
         c.batch_size % c.micro_batch_size,
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
