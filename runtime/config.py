@@ -110,6 +110,9 @@ class DataFlags:
     data_workers: int = _flag(
         0, "processes that tokenise ahead of the run; 0: rank 0 does it beside its stage", agree=False
     )
+    document_mask: bool = _flag(
+        False, "documents of a packed row do not see one another: attention and positions begin anew with each"
+    )
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
 LOG_BACKENDS = ("print", "wandb", "tensorboard")
-SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test"}
+SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "document_mask"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (

@@ -22,19 +22,20 @@ from ..pipeline.executor import Batch, Executor
 from .config import Config
 from .feed import Arriving, Ends, deal, shift_labels
 from .open_tasks import held_out_specs, open_each
-from .tasks import DataError
+from .tasks import DataError, Drawn, positions_of
 from .tokenizer import Vocabulary
 from .trainer import Diverged, Vote
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rank 0's evaluation set: [batches, replicas, rows, T] tokens and labels, int32. `digest` names its tokens and
-    targets, however they are cut into rows and batches."""
+    """Rank 0's evaluation set: [batches, replicas, rows, T] tokens, labels and (with --document-mask) positions, int32.
+    `digest` names its tokens and targets, however they are cut into rows and batches."""
 
     tokens: Tensor
     labels: Tensor
     digest: int
+    positions: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,36 +50,40 @@ def open_held_out(config: Config, topology: Topology, vocabulary: Vocabulary) ->
         return None
     shape = (topology.replicas, config.batch_size, config.seq_length)
     try:
-        tokens, targets, digest = _read(config, vocabulary, math.prod(shape[:2]))
-        labels = shift_labels(tokens, targets)
+        drawn, digest = _read(config, vocabulary, math.prod(shape[:2]))
+        tokens = torch.from_numpy(drawn.tokens)
+        labels = shift_labels(tokens, torch.from_numpy(drawn.targets))
         if not count_valid(labels):
             raise DataError(f"{config.evaluation_data} holds no token that follows another and is to be predicted")
     except DataError as error:
         raise DataError(f"--evaluation-data: {error}") from error
-    return HeldOut(tokens.view(-1, *shape), labels.view(-1, *shape), digest)
+    positions = torch.from_numpy(drawn.positions).view(-1, *shape) if drawn.positions is not None else None
+    return HeldOut(tokens.view(-1, *shape), labels.view(-1, *shape), digest, positions)
 
 
-def _read(config: Config, vocabulary: Vocabulary, in_batch: int) -> tuple[Tensor, Tensor, int]:
-    """Tokens int32 and targets bool, [rows, T], in whole batches of `in_batch` rows; and the digest."""
+def _read(config: Config, vocabulary: Vocabulary, in_batch: int) -> tuple[Drawn, int]:
+    """All rows (as int32) in whole batches of `in_batch`, and the digest."""
     most, length = config.evaluation_num_batch * in_batch, config.seq_length
     tasks, pool = open_each(held_out_specs(config.evaluation_data), config, vocabulary, shuffled=False)
-    rows: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     digest = 0
+
+    def blank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.full(length, vocabulary.pad, dtype=np.int32), np.zeros(length, bool), np.zeros(length, bool)
+
     try:
         for task in tasks:
             while not task.exhausted and not (most and len(rows) == most):
-                row, mask = np.full(length, vocabulary.pad, dtype=np.int32), np.zeros(length, dtype=bool)
-                if filled := task.read(row, mask, config.rows == "packed"):
-                    digest = zlib.crc32(np.where(mask, row, ~row)[:filled].data, digest)
+                tokens, targets, starts = row = blank()
+                if filled := task.read(tokens, targets, config.rows == "packed", starts):
+                    digest = zlib.crc32(np.where(targets, tokens, ~tokens)[:filled].data, digest)
                     rows.append(row)
-                    masks.append(mask)
     finally:
         pool.close()
-    more = -len(rows) % in_batch
-    rows += [np.full(length, vocabulary.pad, dtype=np.int32)] * more
-    masks += [np.zeros(length, dtype=bool)] * more
-    return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(masks)), digest
+    rows += [blank()] * (-len(rows) % in_batch)
+    tokens, targets, starts = map(np.stack, zip(*rows, strict=True))
+    positions = positions_of(starts).astype(np.int32) if config.document_mask else None
+    return Drawn(tokens, targets, positions), digest
 
 
 class Evaluation:
@@ -125,5 +130,7 @@ class Evaluation:
     def _deal(self, number: int) -> Batch | None:
         if self._held_out is None:
             return None
-        tokens, labels = (x[number].long() for x in (self._held_out.tokens, self._held_out.labels))
-        return deal(self._topology, self._ends, tokens, labels, self._valid)
+        held_out = self._held_out
+        tokens, labels = held_out.tokens[number].long(), held_out.labels[number].long()
+        positions = held_out.positions[number].long() if held_out.positions is not None else None
+        return deal(self._topology, self._ends, tokens, labels, self._valid, positions)

@@ -81,4 +81,7 @@ def open_each(
 def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
     """Rank 0's mixture. Raises `DataError`."""
     tasks, pool = open_each(specs_of(config), config, vocabulary)
-    return TaskMixture(tasks, pool, config.seq_length, config.seed, packed=config.rows == "packed", pad=vocabulary.pad)
+    return TaskMixture(
+        tasks, pool, config.seq_length, config.seed,
+        packed=config.rows == "packed", pad=vocabulary.pad, positions=config.document_mask,
+    )  # fmt: skip

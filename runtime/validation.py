@@ -61,6 +61,10 @@ def validate(config: Config) -> None:
     told = bool(c.task_name) + bool(c.task_config)
     refuse(not told and c.rank == 0, "--task-name (or --task-config) is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
     refuse(told > 1, "--task-name and --task-config say the same thing: give one")
+    refuse(
+        c.document_mask and c.rows == "padded",
+        "--document-mask means nothing to --rows padded, where each row holds one document: leave it out",
+    )
     refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
     refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
     refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")

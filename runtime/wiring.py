@@ -50,7 +50,7 @@ def backend_of(config: Config, group: str) -> str:
     return config.pp_library if group[0].isdigit() or group.startswith("tied") else "gloo"
 
 
-def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def group_members(topology: Topology, tied: bool, positions: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every group of a run, in the one order in which all ranks create theirs (so that none waits in a circle).
 
     Each directed edge is a group of its own: two directions never block each other.
@@ -62,8 +62,11 @@ def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[i
             yield f"{b}→{a}", (a, b)
         if tied and topology.stages > 1:
             yield f"tied embedding of replica {replica}", (line[0], line[-1])
-    for kind, stage in (("tokens", 0), ("labels", topology.stages - 1)):
-        for rank in topology.peers(stage):
+    fed = [("tokens", topology.peers(0)), ("labels", topology.peers(topology.stages - 1))]
+    if positions:
+        fed.append(("positions", tuple(range(topology.world))))
+    for kind, ranks in fed:
+        for rank in ranks:
             if rank != 0:
                 yield f"{kind}→{rank}", (0, rank)
     if topology.replicas > 1:
@@ -87,7 +90,7 @@ def connect(
     here = topology.coord(rank)
     transport = Transport(meeting, device, config.join_timeout, record)
     groups, lane = transport.groups, transport.lane
-    for name, members in group_members(topology, tied):
+    for name, members in group_members(topology, tied, config.document_mask):
         if rank in members:
             transport.group(backend_of(config, name), name, members, network.of(name))
     # NCCL's sockets are bound to the interface by NCCL itself, and need not be what carries its bytes.
@@ -117,8 +120,14 @@ def connect(
         labels_to={
             r: sender(f"labels→{r}", r, f"labels→{r}") for r in topology.peers(topology.stages - 1) if rank == 0 != r
         },
+        positions_to={
+            r: sender(f"positions→{r}", r, f"positions→{r}")
+            for r in range(1, topology.world)
+            if config.document_mask and rank == 0
+        },
         tokens_from=receiver(f"tokens→{rank}", 0, "tokens", host) if f"tokens→{rank}" in groups else None,
         labels_from=receiver(f"labels→{rank}", 0, "labels", host) if f"labels→{rank}" in groups else None,
+        positions_from=receiver(f"positions→{rank}", 0, "positions", host) if f"positions→{rank}" in groups else None,
     )
     return Wires(
         edges,
