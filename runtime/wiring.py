@@ -14,7 +14,7 @@ from ..comm.lane import Lane, Recorder
 from ..comm.link import Receiver, Sender
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
-from ..comm.transport import Transport
+from ..comm.transport import Transport, Wanted
 from ..comm.verify import network_here, verify_interfaces
 from ..pipeline.executor import Edges
 from .config import Config
@@ -51,7 +51,7 @@ def backend_of(config: Config, group: str) -> str:
 
 
 def group_members(topology: Topology, tied: bool, positions: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every group of a run, in the one order in which all ranks create theirs (so that none waits in a circle).
+    """Every group of a run, in one order on all ranks.
 
     Each directed edge is a group of its own: two directions never block each other.
     """
@@ -90,9 +90,11 @@ def connect(
     here = topology.coord(rank)
     transport = Transport(meeting, device, config.join_timeout, record)
     groups, lane = transport.groups, transport.lane
-    for name, members in group_members(topology, tied, config.document_mask):
-        if rank in members:
-            transport.group(backend_of(config, name), name, members, network.of(name))
+    transport.connect(
+        Wanted(backend_of(config, name), name, members, network.of(name))
+        for name, members in group_members(topology, tied, config.document_mask)
+        if rank in members
+    )
     # NCCL's sockets are bound to the interface by NCCL itself, and need not be what carries its bytes.
     if gloo := [group for name, group in groups.items() if backend_of(config, name) == "gloo"]:
         networks = meeting.exchange("network", network_here(), config.join_timeout)
