@@ -133,8 +133,8 @@ class Liveness:
         return waited_s <= self._patience_s or self._flows(host_of(self._store_at))
 
     def _flows(self, *hosts: str) -> bool:
-        """Whether bytes flow between this process and one of the hosts."""
-        return any(self._neighbours.idle_s(host) < self._patience_s / 2 for host in hosts)
+        """Whether bytes have flown between this process and one of the hosts within the patience."""
+        return any(self._neighbours.idle_s(host) <= self._patience_s for host in hosts)
 
     def _look(self) -> None:
         self._neighbours.look()
