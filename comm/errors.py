@@ -25,7 +25,8 @@ class _OperationError(WireError):
         self.operation, self.seconds, self.detail = operation, seconds, detail
         who = "a peer" if peer is None else f"rank {peer}"
         line = f"rank {rank}: {self.what.format(who=who)} (interface {interface}, {operation}, after {seconds:.1f} s)"
-        super().__init__(f"{line}: {detail}" if detail else line)
+        advice = self.advice.format(who=who, whose="its" if peer is None else f"rank {peer}'s", interface=interface)
+        super().__init__(": ".join(part for part in (line, detail, advice) if part))
 
     def blaming(self, peer: int) -> _OperationError:
         """The same error, once it is known which peer it was."""
@@ -61,7 +62,7 @@ class LinkTimeout(_OperationError):
 
     what = "timed out waiting for {who}"
     advice = (
-        "where {who} or the link over {interface} is only slow, give a longer --wire-timeout (to start, --join-timeout)"
+        "where {who} or the link over {interface} is only slow, give a longer --wire-timeout (--join-timeout to start)"
     )
 
 
@@ -83,3 +84,9 @@ class InterfaceError(WireError):
 
 class RemoteFailure(WireError):
     """Another rank failed first; carries that rank's own line."""
+
+
+def line_of(rank: int, error: BaseException) -> str:
+    """What a person reads of `error`: it always says which rank speaks."""
+    line = str(error)
+    return line if line.startswith("rank ") else f"rank {rank}: {line}"

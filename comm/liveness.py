@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from .errors import PeerLost, PeerSilent, RemoteFailure, StoreLost, WireError
-from .neighbours import Connection, Neighbours, connecting_to
+from .errors import InterfaceError, PeerLost, PeerSilent, RemoteFailure, StoreLost, line_of
+from .interfaces import interface
+from .neighbours import Connection, Neighbours, connecting_to, endpoint, host_of
 from .store import GONE, StoreClient
 
 _FAILURE = "failure"
@@ -24,8 +25,9 @@ _LATE_S = 7.0
 class Liveness:
     """Heartbeats and the first cause. `period_s`: seconds between two looks.
 
-    Silence of `patience_s` seconds and two round trips is a failure: of a rank's heartbeat in the store (rank 0 sees
-    that), of the store itself, or of any connection between two ranks, whatever the library that opened it.
+    Silence of `patience_s` seconds is a failure: of a rank's heartbeat in the store (rank 0 sees that), of the store
+    itself, or of any connection between two ranks, whatever library opened it; but not while bytes still flow between
+    this rank and that host, behind which the answers may be queueing.
     `on_hopeless` is called with one line when a failure has been known for `grace_s` seconds and the main thread has
     not ended the process: it is stuck in a call that nothing else can interrupt.
     """
@@ -45,7 +47,9 @@ class Liveness:
         self.rank, self.world, self._interface = rank, world, interface
         self._store, self._on_hopeless = store, on_hopeless
         self._period_s, self._patience_s, self._grace_s = period_s, patience_s, grace_s
-        self._neighbours = Neighbours(period_s)
+        self._store_at = endpoint(store.peer)
+        self._neighbours = Neighbours(period_s, self._store_at)
+        store.wait_while(self._patient_with_store, period_s)
         self._published: list[str] = []
         self._suspects: set[int] = set()
         # By rank: the last heartbeat seen, and for how many looks. Looks and not seconds, so that a pause of this very
@@ -55,6 +59,7 @@ class Liveness:
         self._lock = threading.Lock()
         self._cause: str | None = None
         self._lost: int | None = None
+        self._deaf = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
@@ -69,7 +74,7 @@ class Liveness:
         if self._cause is None and not isinstance(error, RemoteFailure):
             if isinstance(error, PeerLost) and error.peer is None and (gone := self._await_gone()) is not None:
                 error = error.blaming(gone)
-            line = str(error) if isinstance(error, WireError) else f"rank {self.rank}: {error}"
+            line = line_of(self.rank, error)
             try:
                 with self._lock:
                     # Who is silent to this rank may still hear rank 0, which must then wait for it.
@@ -82,13 +87,15 @@ class Liveness:
                 # With the store gone, a broken connection has one explanation; any other error explains itself.
                 broken = isinstance(error, (PeerLost, StoreLost))
                 self._cause = self._cause or (self._master_lost(trouble) if broken else line)
-        return self._cause or str(error)
+        return self._cause or line_of(self.rank, error)
 
     def linger(self) -> None:
         """Rank 0 keeps the store open until all who can know of the failure do: also ranks that have yet to come, which
         would wait for it until their --join-timeout."""
         deadline = time.monotonic() + max(_LATE_S, 2 * self._period_s)
         acks = [f"ack/{rank}" for rank in range(1, self.world) if rank != self._lost]
+        if self.rank != 0 and self._deaf:
+            time.sleep(3 * self._period_s)  # rank 0 finds out as we did, and tells the others before they miss us
         while self.rank == 0 and acks and time.monotonic() < deadline:
             with self._lock:
                 if self._store.check(acks):
@@ -121,9 +128,16 @@ class Liveness:
             if self._stop.wait(self._period_s):
                 return
 
+    def _patient_with_store(self, waited_s: float) -> bool:
+        self._neighbours.look()
+        return waited_s <= self._patience_s or self._flows(host_of(self._store_at))
+
+    def _flows(self, *hosts: str) -> bool:
+        """Whether bytes have flown between this process and one of the hosts within the patience."""
+        return any(self._neighbours.idle_s(host) <= self._patience_s for host in hosts)
+
     def _look(self) -> None:
         self._neighbours.look()
-        self._store.answer_within(self._patience_s + 2 * self._neighbours.round_trip_s)
         with self._lock:
             self._store.add(f"beat/{self.rank}", 1)
             if self._published != self._neighbours.endpoints:
@@ -133,7 +147,7 @@ class Liveness:
         self._answered = time.monotonic()
         if text is not None:
             self._learn(text)
-        elif (trouble := self._silent_connection() or (self._absent() if self.rank == 0 else None)) is not None:
+        elif (trouble := self._silent_connection() or self._absent()) is not None:
             self.report(trouble)
 
     def _silent_connection(self) -> PeerLost | None:
@@ -141,46 +155,50 @@ class Liveness:
         silent = self._neighbours.silent(self._patience_s)
         suspects, self._suspects = self._suspects, {c.inode for c in silent}
         for connection in silent:
-            if connection.inode in suspects:
-                remote = connection.remote or connecting_to(connection.inode)
-                if ranks := self._ranks_at(remote):  # else it is no connection of this run
-                    return self._silent(ranks, connection, remote)
+            remote = connection.remote or connecting_to(connection.inode)
+            if connection.inode not in suspects or self._flows(host_of(remote)):
+                continue
+            if ranks := self._ranks_at(remote):  # else it is no connection of this run
+                return self._silent(ranks, connection, remote)
         return None
 
     def _silent(self, ranks: list[int], connection: Connection, remote: str) -> PeerSilent:
-        way = f"TCP's probes on {connection.local} → {remote}" if connection.connected else f"connecting to {remote}"
+        way = f"TCP's probes on {connection.local} → {remote}" if connection.remote else f"connecting to {remote}"
         return PeerSilent(
             rank=self.rank,
             peer=ranks[0] if len(ranks) == 1 else None,
-            interface=self._interface,
+            interface=self._interface or "any",
             operation=way,
             seconds=connection.silent_s,
-            detail="" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}",
+            detail=self._here() or ("" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"),
         )
 
     def _ranks_at(self, remote: str) -> list[int]:
         """The other ranks that can be seen at `remote` (host:port), else those at its host."""
-        others = [rank for rank in range(self.world) if rank != self.rank]
+        seen = {rank: self._endpoints(rank) for rank in range(self.world) if rank != self.rank}
+        exact = [rank for rank, places in seen.items() if remote in places]
+        return exact or [rank for rank, places in seen.items() if host_of(remote) in map(host_of, places)]
+
+    def _endpoints(self, rank: int) -> list[str]:
+        key = f"endpoints/{rank}"
         with self._lock:
-            known = [rank for rank in others if self._store.check([f"endpoints/{rank}"])]
-            seen = {rank: json.loads(self._store.get(f"endpoints/{rank}")) for rank in known}
-        if exact := [rank for rank in known if remote in seen[rank]]:
-            return exact
-        host = remote.rpartition(":")[0]
-        return [rank for rank in known if any(e.rpartition(":")[0] == host for e in seen[rank])]
+            return json.loads(self._store.get(key)) if self._store.check([key]) else []
 
     def _absent(self) -> PeerLost | None:
         """On rank 0: a rank that has come, and then left or fell silent without a word."""
+        if self.rank != 0:
+            return None
         if (gone := self._gone()) is not None:
             return self._lost_from_store(PeerLost, gone, "its connection to the store closed", 0.0)
-        limit_s = self._patience_s + 2 * self._neighbours.round_trip_s
         for rank in range(1, self.world):
             with self._lock:
                 beat = self._store.add(f"beat/{rank}", 0)
             last, looks = self._seen.get(rank, (0, 0))
             self._seen[rank] = (beat, looks + 1 if beat == last else 0)
             silent_s = (looks + 1) * self._period_s
-            if beat > 0 and silent_s > limit_s and not self._store.check([f"bye/{rank}"]):
+            if beat == 0 or silent_s <= self._patience_s or self._flows(*map(host_of, self._endpoints(rank))):
+                continue
+            if not self._store.check([f"bye/{rank}"]):
                 return self._lost_from_store(PeerSilent, rank, "waiting for its heartbeat in the store", silent_s)
         return None
 
@@ -201,8 +219,25 @@ class Liveness:
         return gone
 
     def _master_lost(self, error: Exception) -> str:
-        kind = PeerSilent if isinstance(error.__cause__, TimeoutError) else PeerLost
+        self._deaf = isinstance(error.__cause__, TimeoutError)
+        kind = PeerSilent if self._deaf else PeerLost
         return str(self._lost_from_store(kind, 0, "asking its store", time.monotonic() - self._answered))
 
     def _lost_from_store(self, kind: type[PeerLost], peer: int, operation: str, seconds: float) -> PeerLost:
-        return kind(rank=self.rank, peer=peer, interface=self._interface, operation=operation, seconds=seconds)
+        return kind(
+            rank=self.rank,
+            peer=peer,
+            interface=self._interface or "any",
+            operation=operation,
+            seconds=seconds,
+            detail=self._here() if kind is PeerSilent else "",
+        )
+
+    def _here(self) -> str:
+        """What is wrong with this machine's own interface, if anything."""
+        try:
+            if self._interface:
+                interface(self._interface)
+        except InterfaceError as error:
+            return str(error)
+        return ""

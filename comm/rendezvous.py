@@ -62,7 +62,7 @@ class Rendezvous:
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
         watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
-        name = via.name if via is not None else f"towards {self.where}"
+        name = via.name if via is not None else ""
         self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))

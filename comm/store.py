@@ -218,6 +218,8 @@ class StoreClient(Store):
         self._tags = itertools.count()
         self._asked: dict[bytes, futures.Future[tuple[int, list[bytes]]]] = {}
         self._gone: Exception | None = None
+        self._patient: Callable[[float], bool] | None = None
+        self._look_s = timeout_s
         self._socket = self._dial(host, port, via)
         try:
             self._prove(secret)
@@ -296,12 +298,20 @@ class StoreClient(Store):
 
     def _result(self, answer: futures.Future[tuple[int, list[bytes]]], patience_s: float = 0.0) -> list[bytes]:
         try:
+            if self._patient is not None:
+                self._await(answer, self._patient)
             code, values = answer.result(patience_s + self._timeout_s)
         except (OSError, EOFError, ValueError, KeyError) as error:  # also where no answer came in time
             raise self._lost(error) from error
         if code == TIMEOUT:
             raise KeysMissing(self._rank, [value.decode() for value in values], patience_s)
         return values
+
+    def _await(self, answer: futures.Future, patient: Callable[[float], bool]) -> None:
+        start = time.monotonic()
+        while not futures.wait([answer], self._look_s).done:
+            if not patient(time.monotonic() - start):
+                raise TimeoutError("no answer")
 
     def _lost(self, error: Exception) -> StoreLost:
         return StoreLost(
@@ -350,9 +360,15 @@ class StoreClient(Store):
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         return self._ask(COMPARE_SET, key.encode(), expected.encode(), desired.encode())[0]
 
-    def answer_within(self, timeout_s: float) -> None:
-        """From now on, the store is gone when it has not answered for `timeout_s` seconds."""
-        self._timeout_s = timeout_s
+    @property
+    def peer(self) -> tuple:
+        """The store's address, as this connection has it."""
+        return self._socket.getpeername()
+
+    def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
+        """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
+        is false."""
+        self._patient, self._look_s = patient, look_s
 
     def has_extended_api(self) -> bool:
         return True  # that is, `multi_get`: one question for all members of a group

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..comm.errors import InterfaceError, WireError
+from ..comm.errors import InterfaceError, WireError, line_of
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.shards import ShardError, ShardStore
@@ -104,14 +104,12 @@ def run(config: Config) -> int:
     meeting = None
     try:
         signals = Signals()
-        # An interface that cannot be used is told to the others too, so it must not keep this rank from meeting them.
         try:
-            network: Network | InterfaceError = find_network(config)
+            network = find_network(config)
         except InterfaceError as error:
-            network = error
-        meeting = meet(config, config.join_timeout, network if isinstance(network, Network) else None)
-        if isinstance(network, InterfaceError):
-            raise network
+            tell(error, config)
+            raise
+        meeting = meet(config, config.join_timeout, network)
         train(config, meeting, signals, network)
         meeting.close()
         return 0
@@ -120,7 +118,7 @@ def run(config: Config) -> int:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
             error = RuntimeError(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)")
-        leave(str(meeting.failed(error)) if meeting is not None else str(error))
+        leave(line_of(config.rank, meeting.failed(error) if meeting is not None else error))
         raise AssertionError("unreachable") from error
 
 
