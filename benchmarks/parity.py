@@ -32,6 +32,7 @@ from farspan.runtime.open_tasks import open_tasks
 from farspan.runtime.tokenizer import Vocabulary
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_linear_schedule_with_warmup
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -63,10 +64,15 @@ class Outcome:
 
     def distance(self, other: Outcome) -> float:
         """The largest |Δ| of any step's loss."""
-        return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
+        return farthest(self.losses, other.losses)
 
     def held_out_distance(self, other: Outcome) -> float:
-        return max(abs(self.before - other.before), abs(self.after - other.after))
+        return farthest([self.before, self.after], [other.before, other.after])
+
+
+def farthest(a: list[float], b: list[float]) -> float:
+    """max |a − b|; a NaN is not overlooked, as Python's own max would."""
+    return float((torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).abs().max())
 
 
 # ---- farspan
@@ -312,6 +318,7 @@ def main() -> int:
     grids = [grid for grid in GRIDS if grid.name in wanted]
     if len(grids) != len(wanted):
         parser.error(f"--grids {told.grids}: known are {', '.join(grid.name for grid in GRIDS)}")
+    logging.disable_progress_bar()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

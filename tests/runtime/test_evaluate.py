@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from farspan.runtime.preprocess import main as preprocess
 from farspan.runtime.tasks import DataError
 from farspan.runtime.tokenizer import Vocabulary
 from launch import Run, read_metrics
-from tiny import make_model, make_task, make_tokenizer
+from tiny import WORDS, make_model, make_task, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Flags = Callable[..., dict[str, Any]]
@@ -249,6 +250,33 @@ def test_the_loss_is_a_plain_loops(
     assert rows[2]["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert rows[2]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert f"held-out loss {loss:.4f}"[:-1] in run.err(0)
+
+
+def test_completions_alone(flags: Flags, tmp_path: Path, model: Path) -> None:
+    """Of a list of tasks, on a grid: the loss of a plain loop over the answers' words."""
+    rng = random.Random(0)
+    asked = [[" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(2)] for _ in range(15)]
+    path, config = tmp_path / "qa.jsonl", tmp_path / "held.json"
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in asked))
+    config.write_text(json.dumps([{"path": str(path), "template": "{q} and {a}", "loss_on": "completion"}]))
+    with Run(2, 2, flags(evaluation_data=config, total_steps=1, warmup_steps=1, batch_size=2)) as run:
+        run.succeed()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids: list[int] = []
+    labels: list[int] = []
+    for q, a in asked:
+        made, answer = tokenizer(f"{q} and {a}")["input_ids"], len(a.split())
+        ids += made
+        labels += [IGNORED] * (len(made) - answer) + made[-answer:]
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for row, own in zip(torch.tensor(ids).split(LENGTH), torch.tensor(labels).split(LENGTH), strict=True):
+        with torch.no_grad():
+            logits = hf(row[None]).logits[0, :-1]
+        total += float(F.cross_entropy(logits, own[1:], reduction="sum"))
+        count += int((own[1:] != IGNORED).sum())
+    (found,) = read_metrics(tmp_path / "ck")
+    assert found["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_model_as_it_came(flags: Flags, tmp_path: Path, held_out: Path, model: Path) -> None:
