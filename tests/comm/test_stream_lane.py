@@ -62,9 +62,8 @@ class Event:
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     Stream.all = made = Streams()
-    for name, fake in {
-        "Stream": Stream, "Event": Event, "current_stream": made.current, "stream": made.use, "set_device": lambda device: None,
-    }.items():  # fmt: skip
+    fakes = {"Stream": Stream, "Event": Event, "current_stream": made.current, "stream": made.use}
+    for name, fake in {**fakes, "set_device": lambda device: None}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: stream.say(f"uses {int(x)}"))
     return made
