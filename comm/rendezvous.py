@@ -34,6 +34,7 @@ class Rendezvous:
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
+    Connections to the store leave by `leave_by` [by the route].
     `heartbeat_s`: period and patience of `Liveness`.
     """
 
@@ -47,6 +48,7 @@ class Rendezvous:
         on_hopeless: Callable[[str], None],
         secret: bytes = b"",
         via: Interface | None = None,
+        leave_by: Interface | None = None,
         heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
@@ -56,12 +58,12 @@ class Rendezvous:
         if rank == 0:
             host = self._own_address(host, via)
             self._server = self._serve(host, port, secret)
-        self.store = StoreClient(host, port, rank, secret, timeout_s)
+        self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
-        watch = StoreClient(host, port, rank, secret, patience_s)
+        watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
         name = via.name if via is not None else ""
         self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         if twice:
@@ -119,7 +121,8 @@ class Rendezvous:
         except (OSError, UnicodeError):
             named = []
         local = {address for found in interfaces().values() for address in found.addresses}
-        for address in named:
+        own = via.addresses if via is not None else ()
+        for address in sorted(named, key=lambda address: address not in own):
             if address in local:
                 return str(address)
         if via is None:

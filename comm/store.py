@@ -30,6 +30,7 @@ from datetime import timedelta
 from torch.distributed import Store
 
 from .errors import RendezvousError, StoreLost
+from .interfaces import Interface, connect_from
 
 GREETING = b"farspan store 1\n"
 NONCE = 16
@@ -174,19 +175,21 @@ class StoreServer:
 class StoreClient(Store):
     """One rank's connection; also the `Store` that Gloo's groups meet through. Calls from several threads take turns.
 
-    Connecting is tried until `timeout_s`. Raises `RendezvousError` if nobody answers, if whoever answers is no farspan
-    store, or one with another secret; later, `StoreLost` when the connection is gone and `TimeoutError` for a key that
-    did not come.
+    It leaves by the interface `via` [by the route]. Connecting is tried until `timeout_s`. Raises `RendezvousError` if
+    nobody answers, if whoever answers is no farspan store, or one with another secret; later, `StoreLost` when the
+    connection is gone and `TimeoutError` for a key that did not come.
     """
 
-    def __init__(self, host: str, port: int, rank: int, secret: bytes, timeout_s: float) -> None:
+    def __init__(
+        self, host: str, port: int, rank: int, secret: bytes, timeout_s: float, via: Interface | None = None
+    ) -> None:
         super().__init__()
         self.where = f"{host}:{port}"
         self._rank, self._timeout_s = rank, timeout_s
         self._lock = threading.Lock()
         self._patient: Callable[[float], bool] | None = None
         self._look_s = timeout_s
-        self._socket = self._dial(host, port)
+        self._socket = self._dial(host, port, via)
         try:
             self._prove(secret)
         except (OSError, EOFError) as error:
@@ -195,17 +198,18 @@ class StoreClient(Store):
                 "(--secret-file); is another program, or another run, at --dist-url?"
             ) from error
 
-    def _dial(self, host: str, port: int) -> socket.socket:
+    def _dial(self, host: str, port: int, via: Interface | None) -> socket.socket:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                return socket.create_connection((host, port), timeout=min(self._timeout_s, PROOF_S))
+                return connect_from(host, port, via, min(self._timeout_s, PROOF_S))
             except UnicodeError as error:
                 raise RendezvousError(f"--dist-url: {host!r} cannot be the name of a host") from error
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise RendezvousError(
-                        f"rank {self._rank} cannot reach the master at {self.where} within {self._timeout_s:.0f} s "
+                        f"rank {self._rank} cannot reach the master at {self.where} "
+                        f"{f'over {via.name} ' if via else ''}within {self._timeout_s:.0f} s "
                         f"({error}); is rank 0 running there, and the port open?"
                     ) from error
             time.sleep(0.2)

@@ -66,6 +66,9 @@ class GridFlags:
     join_timeout: float = _flag(300.0, "seconds to wait for the master and for all ranks at the start")
     secret_file: str = _flag("", "file with a secret that every rank must prove to share [none]", agree=False)
     wire_timeout: float = _flag(1800.0, "seconds that any one wait for a peer may take during the run")
+    dp_net_interface: str = _flag(
+        "", "network interface for the gradients that replicas sum [--net-interface]", agree=False
+    )
     heartbeat_period: float = _flag(1.0, "seconds between two signs of life, in the store and on every connection")
     heartbeat_patience: float = _flag(10.0, "seconds of silence after which a rank or a connection is given up")
 

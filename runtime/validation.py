@@ -42,6 +42,12 @@ def validate(config: Config) -> None:
         not c.heartbeat_patience >= least,
         f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
     )
+    refuse(
+        c.dp_net_interface not in ("", c.net_interface) and "nccl" in c.dist_backend and "nccl" in c.dp_backend,
+        f"--dp-net-interface {c.dp_net_interface}: NCCL has one interface a process, so with --dist-backend "
+        f"{c.dist_backend} and --dp-backend {c.dp_backend} both must take --net-interface "
+        f"{c.net_interface or '[the one that reaches rank 0]'}; or let gloo carry one of the two",
+    )
     refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
     refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
     refuse(

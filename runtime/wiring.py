@@ -15,9 +15,11 @@ from ..comm.lane import Recorder, ThreadLane
 from ..comm.link import Receiver, Sender
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
+from ..comm.verify import network_here, verify_interfaces
 from ..pipeline.executor import Edges
 from .config import Config
 from .feed import Ends
+from .network import Network
 
 
 @dataclass
@@ -68,7 +70,7 @@ def connect(
     config: Config,
     topology: Topology,
     meeting: Rendezvous,
-    interface: str,
+    network: Network,
     tied: bool,
     device: torch.device,
     record: Recorder | None,
@@ -80,7 +82,10 @@ def connect(
     for name, members in group_members(topology, tied):
         if rank in members:
             liveness.check()
-            groups[name] = GlooGroup(meeting.store, name, members, rank, interface, config.join_timeout)
+            groups[name] = GlooGroup(meeting.store, name, members, rank, network.of(name), config.join_timeout)
+    if groups:
+        networks = meeting.exchange("network", network_here(), config.join_timeout)
+        verify_interfaces(list(groups.values()), networks, config.join_timeout, liveness.check)
     codec, lanes, timeout_s = RawCodec(), [], config.wire_timeout
 
     def lane(name: str) -> ThreadLane:
