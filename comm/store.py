@@ -111,8 +111,8 @@ class StoreServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port, *_ = writer.get_extra_info("peername")
         who = f"{host}:{port}"
-        rank, beats = None, False
         waiting: set[asyncio.Task] = set()
+        rank, beats = None, False
         try:
             async with self._proving, asyncio.timeout(PROOF_S):
                 rank = await self._prove(reader, writer)
@@ -218,8 +218,8 @@ class StoreClient(Store):
         self._tags = itertools.count()
         self._asked: dict[bytes, futures.Future[tuple[int, list[bytes]]]] = {}
         self._gone: Exception | None = None
-        self._patient: Callable[[float], bool] | None = None
-        self._look_s = timeout_s
+        self._patient: Callable[[float], bool] = lambda seconds: seconds < timeout_s
+        self._look_s = 0.2
         self._socket = self._dial(host, port, via)
         try:
             self._prove(secret)
@@ -296,27 +296,29 @@ class StoreClient(Store):
                 raise self._lost(error) from error
         return future
 
-    def _result(self, answer: futures.Future[tuple[int, list[bytes]]], patience_s: float = 0.0) -> list[bytes]:
+    def _result(
+        self,
+        answer: futures.Future[tuple[int, list[bytes]]],
+        patience_s: float = 0.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[bytes]:
+        """What was answered; it may wait `patience_s` for keys."""
+        start = time.monotonic()
         try:
-            if self._patient is not None:
-                self._await(answer, self._patient)
-            code, values = answer.result(patience_s + self._timeout_s)
-        except (OSError, EOFError, ValueError, KeyError) as error:  # also where no answer came in time
+            while not futures.wait([answer], self._look_s).done:
+                check()
+                if not self._patient(time.monotonic() - start - patience_s):
+                    raise TimeoutError("no answer")
+            code, values = answer.result()
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise self._lost(error) from error
         if code == TIMEOUT:
             raise KeysMissing(self._rank, [value.decode() for value in values], patience_s)
         return values
 
-    def _await(self, answer: futures.Future, patient: Callable[[float], bool]) -> None:
-        start = time.monotonic()
-        while not futures.wait([answer], self._look_s).done:
-            if not patient(time.monotonic() - start):
-                raise TimeoutError("no answer")
-
     def _lost(self, error: Exception) -> StoreLost:
         return StoreLost(
-            f"rank {self._rank}: the store at {self.where} is gone: {str(error) or 'no answer'}; "
-            "see rank 0's last line for why"
+            f"rank {self._rank}: the store at {self.where} is gone: {error}; see rank 0's last line for why"
         )
 
     def _ask(self, code: int, *fields: bytes, patience_s: float = 0.0) -> list[bytes]:
@@ -331,10 +333,7 @@ class StoreClient(Store):
         """
         self._post(SET, key.encode(), value.encode())
         answer = self._post(GET, str(timeout_s).encode(), *_encode(keys))
-        deadline = time.monotonic() + timeout_s + self._timeout_s
-        while not futures.wait([answer], 0.2).done and time.monotonic() < deadline:
-            check()
-        return self._result(answer, timeout_s)
+        return self._result(answer, timeout_s, check)
 
     # The names and meanings are those of torch.distributed.Store, so that Gloo's groups can use it.
 
@@ -360,6 +359,9 @@ class StoreClient(Store):
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         return self._ask(COMPARE_SET, key.encode(), expected.encode(), desired.encode())[0]
 
+    def has_extended_api(self) -> bool:
+        return True  # that is, `multi_get`: one question for all members of a group
+
     @property
     def peer(self) -> tuple:
         """The store's address, as this connection has it."""
@@ -369,9 +371,6 @@ class StoreClient(Store):
         """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
         is false."""
         self._patient, self._look_s = patient, look_s
-
-    def has_extended_api(self) -> bool:
-        return True  # that is, `multi_get`: one question for all members of a group
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other side was faster

@@ -116,7 +116,7 @@ def test_bad_news_ends_a_trade(server: tuple[StoreServer, int]) -> None:
 def test_a_store_that_does_not_answer_is_gone_at_the_deadline(server: tuple[StoreServer, int]) -> None:
     a = client(server[1], timeout_s=0.3)
     server[0]._loop.call_soon_threadsafe(time.sleep, 1)
-    with pytest.raises(StoreLost, match="is gone: no answer"):
+    with pytest.raises(StoreLost, match="is gone: no answer; see rank 0"):
         a.add("n", 1)
 
 
