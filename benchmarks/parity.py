@@ -263,8 +263,8 @@ The pretrained Llama stories260K (5 layers, width 64, tied embeddings; karpathy/
 (openai/grade-school-math): template `{{question}}\\n{{answer}}`, loss on the answers, packed rows of {LENGTH} tokens,
 {ROWS} of them a step on every grid, micro-batches of {MICRO_ROWS}. {steps} steps in fp32 of AdamW (peak rate {LR:g},
 betas {BETAS[0]} and {BETAS[1]}, eps {EPS:g}, decay {DECAY} on matrices), gradients clipped at {CLIP:g};
-{warmup_of(steps)} steps of warm-up, then linear to 0. 3×1 is uneven: 2, 2 and 1 layers. The last {held_out} problems
-are held out.
+{warmup_of(steps)} steps of warm-up, then linear to 0. Grids are stages × replicas;
+3×1 is uneven: 2, 2 and 1 layers. The last {held_out} problems are held out.
 
 The plain loop is transformers' model with torch's own AdamW and clipping and transformers' schedule, in one process, on
 the same rows. It measures held-out perplexity by itself, on rows that its own tokenizer made.
