@@ -28,8 +28,9 @@ PY
 } 2>&1 | tee "$OUT/machine.txt"
 
 status=0
-timeout 300 "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=10 --maxfail=8 tests/gpu "$@" 2>&1 |
+two=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 2 --dist loadfile") # half the time, where pytest-xdist is there
+timeout 340 "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=10 --maxfail=8 $two tests/gpu "$@" 2>&1 |
     tee "$OUT/tests.txt" || status=1
-timeout 150 "$python" benchmarks/gpu.py --out "$OUT/benchmarks.json" 2>&1 | tee "$OUT/benchmarks.txt" || status=1
+timeout 120 "$python" benchmarks/gpu.py --out "$OUT/benchmarks.json" 2>&1 | tee "$OUT/benchmarks.txt" || status=1
 echo "results in $OUT; $([ $status = 0 ] && echo all passed || echo SOMETHING FAILED)"
 exit $status
