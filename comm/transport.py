@@ -25,7 +25,7 @@ def prepare(backend: str, interface: str) -> None:
 
 
 class Transport:
-    """Makes one rank's groups and lanes. `close` finishes what is under way first.
+    """Makes one rank's groups and lanes, and keeps them.
 
     A lane belongs to the device, a group to its backend: Gloo carries what lies on a CUDA device too.
     """
@@ -39,7 +39,7 @@ class Transport:
     ) -> None:
         self._meeting, self._device = meeting, device
         self._timeout_s, self._record = timeout_s, record
-        self._watchdog = Watchdog(meeting.liveness.check, meeting.liveness.report)
+        self.watchdog = Watchdog(meeting.liveness.check, meeting.liveness.report)
         self.lanes: list[Lane] = []
         self.groups: dict[str, Group] = {}
 
@@ -49,7 +49,7 @@ class Transport:
         store, rank, limit = self._meeting.store, self._meeting.rank, self._timeout_s
         made: Group
         if backend == "nccl":
-            made = NcclGroup(store, name, members, rank, interface, limit, self._device, self._watchdog)
+            made = NcclGroup(store, name, members, rank, interface, limit, self._device, self.watchdog)
         else:
             made = GlooGroup(store, name, members, rank, interface, limit)
         self.groups[name] = made
@@ -64,10 +64,3 @@ class Transport:
             made = ThreadLane(name, check=liveness.check, on_error=liveness.report, record=self._record)
         self.lanes.append(made)
         return made
-
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
-        for group in self.groups.values():
-            group.close()
-        self._watchdog.close()
