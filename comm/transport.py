@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
 
 
 class Transport:
-    """Makes one rank's groups and lanes. `close` finishes what is under way first.
+    """Makes one rank's groups and lanes, and keeps them.
 
     A lane belongs to the device, a group to its backend: Gloo carries what lies on a CUDA device too.
     """
@@ -56,7 +56,7 @@ class Transport:
     ) -> None:
         self._meeting, self._device = meeting, device
         self._timeout_s, self._record = timeout_s, record
-        self._watchdog = Watchdog(meeting.liveness.check, meeting.liveness.report)
+        self.watchdog = Watchdog(meeting.liveness.check, meeting.liveness.report)
         self.lanes: list[Lane] = []
         self.groups: dict[str, Group] = {}
 
@@ -79,7 +79,7 @@ class Transport:
         for w in wanted:
             if not w.is_gloo:
                 liveness.check()
-                made[w] = NcclGroup(store, w.name, w.members, rank, w.interface, limit, self._device, self._watchdog)
+                made[w] = NcclGroup(store, w.name, w.members, rank, w.interface, limit, self._device, self.watchdog)
         self.groups.update({w.name: made[w] for w in wanted})
 
     def lane(self, name: str) -> Lane:
@@ -91,10 +91,3 @@ class Transport:
             made = ThreadLane(name, check=liveness.check, on_error=liveness.report, record=self._record)
         self.lanes.append(made)
         return made
-
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
-        for group in self.groups.values():
-            group.close()
-        self._watchdog.close()

@@ -27,6 +27,7 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
+from ..pipeline.warmup import warm_up
 from .astest import export, shortened
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
@@ -213,6 +214,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
             )  # fmt: skip
         return
 
+    if "nccl" in (config.pp_library, config.dp_library):
+        warm_up(stage, optimizer.gradients, config.micro_batch_size, config.seq_length)
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
     record = meter.record
     wires = connect(config, topology, meeting, network, spec.tied, device, record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -16,6 +16,7 @@ from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
 from ..comm.transport import Transport, Wanted
 from ..comm.verify import network_here, verify_interfaces
+from ..comm.watchdog import Watchdog
 from ..pipeline.executor import Edges
 from .config import Config
 from .feed import Ends
@@ -33,14 +34,17 @@ class Wires:
     world: Group | None
     collectives: Lane
     data: Lane
-    transport: Transport
-
-    @property
-    def lanes(self) -> list[Lane]:
-        return self.transport.lanes
+    lanes: list[Lane] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    watchdog: Watchdog | None = None
 
     def close(self) -> None:
-        self.transport.close()
+        for lane in self.lanes:
+            lane.close()
+        if self.watchdog is not None:
+            self.watchdog.close()
+        for group in self.groups:
+            group.close()
 
 
 def backend_of(config: Config, group: str) -> str:
@@ -139,5 +143,7 @@ def connect(
         world=groups.get("world"),
         collectives=lane("gradients"),
         data=lane("data"),
-        transport=transport,
+        lanes=transport.lanes,
+        groups=list(groups.values()),
+        watchdog=transport.watchdog,
     )
