@@ -65,7 +65,9 @@ class Rendezvous:
         name = via.name if via is not None else ""
         self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         if twice:
-            raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
+            raise self.failed(
+                Mismatch(f"two processes were started with --rank {rank}; see your hosts' launch scripts")
+            )
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
         """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
@@ -87,7 +89,9 @@ class Rendezvous:
             for name in ranks[0].keys() | theirs.keys():
                 ours, other = ranks[0].get(name, "(absent)"), theirs.get(name, "(absent)")
                 if ours != other:
-                    raise Mismatch(f"{name} differs: rank 0 has {ours}, rank {rank} has {other}")
+                    raise Mismatch(
+                        f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
+                    )
         if self.rank == 0:
             self.store.set("running", "")
 
