@@ -69,6 +69,9 @@ class GridFlags:
     dp_net_interface: str = _flag(
         "", "network interface for the gradients that replicas sum [--net-interface]", agree=False
     )
+    check: bool = _flag(
+        False, "measure network, memory, weights and layers, say what a step will take, and stop without training"
+    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
 LOG_BACKENDS = ("print", "wandb", "tensorboard")
-SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test"}
+SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "check"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (

@@ -28,6 +28,7 @@ from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
 from .astest import export, shortened
+from .check import CheckFailed, check
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
@@ -69,6 +70,7 @@ EXPECTED = (
     CheckpointError,
     DataError,
     Diverged,
+    CheckFailed,
 )
 """Errors whose message is the whole story."""
 
@@ -112,7 +114,10 @@ def run(config: Config) -> int:
         meeting = meet(config, config.join_timeout, network if isinstance(network, Network) else None)
         if isinstance(network, InterfaceError):
             raise network
-        train(config, meeting, signals, network)
+        if config.check:
+            check(config, meeting, network)
+        else:
+            train(config, meeting, signals, network)
         meeting.close()
         return 0
     except Exception as error:
