@@ -47,7 +47,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
     [
         ("--no-such 1", "unknown flag --no-such"),
         ("--learning-rate 1", "unknown flag --learning-rate"),
-        ("--check", "unknown flag --check"),  # no abbreviations either
+        ("--checkp c", "unknown flag --checkp"),  # no abbreviations either
         ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
         ("--bucket-mb 0", "--bucket-mb 0.0 must be more than 0"),
         ("--optimizer 8bit-adam --dp-mode zero1", "--optimizer 8bit-adam has one scale for 256 elements"),
