@@ -12,6 +12,7 @@ setup(
         "transformers>=5",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "orjson>=3.10",
         "psutil>=5.9",
         "tqdm>=4.66",
     ],

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,12 +20,14 @@ from .errors import InterfaceError, LinkTimeout, PeerLost, WireError
 from .group import add_in_order
 from .staging import placed
 
+# Members ask a store that can for all others' addresses at once, and not for one after the other.
+os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
 # torch ships no types for this class's methods.
 ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo
 _HOST = torch.device("cpu")
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: RuntimeError | TimeoutError) -> str:
     """Gloo's own words, without the place in its source and the advice behind them."""
     return str(error).partition("\n")[0].split("] ", 1)[-1].partition(". ")[0][:200]
 
@@ -132,7 +135,7 @@ class GlooGroup:
 
 
 class _Translate:
-    """Turns Gloo's plain `RuntimeError` into ours, with the time that the operation took."""
+    """Turns Gloo's plain `RuntimeError`, and a store's `TimeoutError`, into ours, with the time that it took."""
 
     def __init__(self, group: GlooGroup, operation: str, peer: int | None) -> None:
         self.group, self.operation, self.peer = group, operation, peer
@@ -141,9 +144,9 @@ class _Translate:
         self.start = time.monotonic()
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, WireError):
+        if not isinstance(error, RuntimeError | TimeoutError) or isinstance(error, WireError):
             return
-        kind = LinkTimeout if _is_timeout(error) else PeerLost
+        kind = LinkTimeout if isinstance(error, TimeoutError) or _is_timeout(error) else PeerLost
         raise kind(
             rank=self.group.rank,
             peer=self.peer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from dataclasses import dataclass
 
@@ -63,3 +64,37 @@ def interface_towards(host: str, port: int) -> Interface:
         if local in candidate.addresses:
             return candidate
     raise InterfaceError(f"no interface holds {local}, the address towards {host}; name one with --net-interface")
+
+
+def connect_from(host: str, port: int, via: Interface | None, timeout_s: float) -> socket.socket:
+    """A TCP connection to (host, port) that leaves by `via` [by the route]. Raises `OSError`.
+
+    A connection to this very machine stays inside it, whatever `via` is.
+    """
+    failed: OSError | None = None
+    local = {address for found in interfaces().values() for address in found.addresses}
+    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind)
+        try:
+            if via is not None and address[0] not in local:
+                _leave_by(connection, via)
+            connection.settimeout(timeout_s)
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            failed = failed or error
+            connection.close()
+    raise failed or OSError(f"{host} has no address")
+
+
+def _leave_by(connection: socket.socket, via: Interface) -> None:
+    """Bind to the interface where the system allows it (Linux), else at least to one of its addresses."""
+    if hasattr(socket, "SO_BINDTODEVICE"):
+        with contextlib.suppress(PermissionError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, via.name.encode())
+            return
+    six = connection.family == socket.AF_INET6
+    own = next((a for a in via.addresses if (":" in a) == six and not a.startswith("fe80:")), None)
+    if own is None:
+        raise OSError(f"{via.name} has no IPv{6 if six else 4} address")
+    connection.bind((own, 0))

@@ -5,19 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import socket
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .liveness import Liveness
-from .store import StoreClient, StoreServer
-
-_ANSWER_S = 10.0
-"""How long a store that accepts connections may take to answer."""
+from .store import KeysMissing, StoreClient, StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -37,6 +32,8 @@ class Rendezvous:
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
+    Connections to the store leave by `leave_by` [by the route].
+    `heartbeat_s`: period and patience of `Liveness`.
     """
 
     def __init__(
@@ -49,6 +46,8 @@ class Rendezvous:
         on_hopeless: Callable[[str], None],
         secret: bytes = b"",
         via: Interface | None = None,
+        leave_by: Interface | None = None,
+        heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
@@ -57,34 +56,30 @@ class Rendezvous:
         if rank == 0:
             host = self._own_address(host, via)
             self._server = self._serve(host, port, secret)
-        self.store = StoreClient(host, port, rank, secret, timeout_s)
+        self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = StoreClient(host, port, rank, secret, _ANSWER_S)
-        self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
+        period_s, patience_s = heartbeat_s
+        watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
+        name = via.name if via is not None else ""
+        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         if twice:
             raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
         """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
         timeout_s = timeout_s or self.timeout_s
-        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.store.wait(keys, timedelta(seconds=0.5))
-                break
-            except TimeoutError as error:
-                self.liveness.check()
-                if time.monotonic() > deadline:
-                    missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
-                    raise RendezvousError(
-                        f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
-                        f"at {self.where} ({topic}); were all {self.world} ranks started?"
-                    ) from error
-        return [json.loads(text) for text in self.store.multi_get(keys)]
+        try:
+            texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, self.liveness.check)
+        except KeysMissing as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if key in error.keys]
+            raise RendezvousError(
+                f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
+                f"at {self.where} ({topic}); were all {self.world} ranks started?"
+            ) from error
+        return [json.loads(text) for text in texts]
 
     def agree(self, values: dict[str, str]) -> None:
         """Raises `Mismatch`, naming the flag and both values, unless every rank brings the same `values`."""
@@ -93,12 +88,13 @@ class Rendezvous:
                 ours, other = ranks[0].get(name, "(absent)"), theirs.get(name, "(absent)")
                 if ours != other:
                     raise Mismatch(f"{name} differs: rank 0 has {ours}, rank {rank} has {other}")
-        self.store.set("running", "")
+        if self.rank == 0:
+            self.store.set("running", "")
 
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
         line = self.liveness.report(error)
-        self.liveness.linger(_ANSWER_S)
+        self.liveness.linger()
         return RemoteFailure(line)
 
     def close(self) -> None:
@@ -118,7 +114,8 @@ class Rendezvous:
         except (OSError, UnicodeError):
             named = []
         local = {address for found in interfaces().values() for address in found.addresses}
-        for address in named:
+        own = via.addresses if via is not None else ()
+        for address in sorted(named, key=lambda address: address not in own):
             if address in local:
                 return str(address)
         if via is None:

@@ -20,12 +20,14 @@ class Batch:
     """One replica's share of an accumulation step. `tokens` is needed by a first stage, `labels` by a last one.
 
     Both are [rows, T] int64; labels are shifted already, −100 where there is no target. `valid` counts the targets of
-    the whole global batch: all replicas and all accumulation steps of the update.
+    the whole global batch: all replicas and all accumulation steps of the update. `positions` [rows, T] int64, of each
+    token in its document, are needed by every stage, or (where documents of a row see one another) by none.
     """
 
     tokens: Tensor | None
     labels: Tensor | None
     valid: int
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Executor:
                         x.requires_grad_()
                     start = time.perf_counter()
                     labels = self._rows(batch.labels, mb) if stage.is_last else None
-                    y = stage(x, seed * self._micro_batches + mb, labels)
+                    positions = self._rows(batch.positions, mb) if batch.positions is not None else None
+                    y = stage(x, seed * self._micro_batches + mb, labels, positions)
                     if stage.is_last:
                         loss_sum += y.detach().double()
                         y = y / batch.valid * scale

@@ -105,6 +105,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--task-config t.json", "--task-name and --task-config say the same thing"),
         ("--data-workers -1", "--data-workers -1 must not be negative"),
         ("--rows ragged", "--rows"),
+        ("--document-mask --rows padded", "--document-mask means nothing to --rows padded"),
         ("--bos maybe", "--bos"),
         ("--eos maybe", "--eos"),
         ("--bad-lines ignore", "--bad-lines"),

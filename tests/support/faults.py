@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from farspan.pipeline.gradients import Gradients
+from farspan.pipeline.stage import Stage
+from torch import Tensor
 
 
 def inf_gradient(updates: int) -> None:
@@ -16,3 +21,16 @@ def inf_gradient(updates: int) -> None:
         seen.append(None)
 
     Gradients.zero = zero  # type: ignore[method-assign]
+
+
+def slow_forward(seconds: float) -> None:
+    """The first forward of this rank's stage takes so long."""
+    real, seen = Stage.forward, []
+
+    def forward(self: Stage, *args: Any) -> Tensor:  # noqa: ANN401 - whatever it is given
+        if not seen:
+            seen.append(None)
+            time.sleep(seconds)
+        return real(self, *args)
+
+    Stage.forward = forward  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -41,8 +41,16 @@ def flags_of(values: dict[str, Any]) -> list[str]:
     return words
 
 
-def _rank(argv: list[str], log: str, env: dict[str, str], fault: Callable[[], None] | None) -> None:
+def _rank(
+    argv: list[str],
+    log: str,
+    env: dict[str, str],
+    fault: Callable[[], None] | None,
+    host: Any = None,  # noqa: ANN401 - a lab's
+) -> None:
     os.setsid()
+    if host is not None:
+        host.enter()
     os.environ.update(env)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -66,7 +74,10 @@ class Ended:
 
 
 class Run:
-    """All ranks of one run, as a context: `with Run(2, 1, flags) as run: run.succeed()`."""
+    """All ranks of one run, as a context: `with Run(2, 1, flags) as run: run.succeed()`.
+
+    With the `hosts` of a lab, rank r runs on `hosts[r]`, and all meet on the first.
+    """
 
     def __init__(
         self,
@@ -79,13 +90,14 @@ class Run:
         port: int | None = None,
         env: dict[str, str] | None = None,
         faults: dict[int, Callable[[], None]] | None = None,
+        hosts: Sequence[Any] | None = None,
     ) -> None:
         world = stages * replicas
         self.port = port or free_port()
         self.folder = Path(flags["checkpoint_path"])
         self.processes: dict[int, ForkServerProcess] = {}
         self._flags = {
-            "dist_url": f"tcp://127.0.0.1:{self.port}",
+            "dist_url": f"tcp://{hosts[0].address if hosts else '127.0.0.1'}:{self.port}",
             "world_size": world,
             "pipeline_group_size": stages,
             "data_group_size": replicas,
@@ -94,6 +106,7 @@ class Run:
         }
         self._by_rank = by_rank or {}
         self._faults = faults or {}
+        self._hosts = hosts
         self._ranks = list(range(world)) if ranks is None else ranks
         self._env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
 
@@ -106,7 +119,9 @@ class Run:
 
     def start(self, rank: int) -> None:
         argv = flags_of({**self._flags, "rank": rank, **self._by_rank.get(rank, {})})
-        process = _server.Process(target=_rank, args=(argv, str(self._log(rank)), self._env, self._faults.get(rank)))
+        host = self._hosts[rank] if self._hosts is not None else None
+        what = argv, str(self._log(rank)), self._env, self._faults.get(rank), host
+        process = _server.Process(target=_rank, args=what)
         process.start()
         self.processes[rank] = process
 
