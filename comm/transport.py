@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
 
 
 class Transport:
-    """Makes one rank's groups and lanes, and keeps them.
+    """Makes one rank's groups and lanes. `close` finishes what is under way first.
 
     A lane belongs to the device, a group to its backend: Gloo carries what lies on a CUDA device too.
     """
@@ -56,7 +56,7 @@ class Transport:
     ) -> None:
         self._meeting, self._device = meeting, device
         self._timeout_s, self._record = timeout_s, record
-        self.watchdog = Watchdog(meeting.liveness.check, meeting.liveness.report)
+        self._watchdog = Watchdog(meeting.liveness.check, meeting.liveness.report)
         self.lanes: list[Lane] = []
         self.groups: dict[str, Group] = {}
 
@@ -91,3 +91,10 @@ class Transport:
             made = ThreadLane(name, check=liveness.check, on_error=liveness.report, record=self._record)
         self.lanes.append(made)
         return made
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+        self._watchdog.close()
+        for group in self.groups.values():
+            group.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,6 @@ from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
 from ..comm.transport import Transport, Wanted
 from ..comm.verify import network_here, verify_interfaces
-from ..comm.watchdog import Watchdog
 from ..pipeline.executor import Edges
 from .config import Config
 from .feed import Ends
@@ -34,17 +33,15 @@ class Wires:
     world: Group | None
     collectives: Lane
     data: Lane
-    lanes: list[Lane] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
-    watchdog: Watchdog | None = None
+    transport: Transport | None = None
+
+    @property
+    def lanes(self) -> list[Lane]:
+        return self.transport.lanes if self.transport is not None else []
 
     def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
-        if self.watchdog is not None:
-            self.watchdog.close()
-        for group in self.groups:
-            group.close()
+        if self.transport is not None:
+            self.transport.close()
 
 
 def backend_of(config: Config, group: str) -> str:
@@ -143,7 +140,5 @@ def connect(
         world=groups.get("world"),
         collectives=lane("gradients"),
         data=lane("data"),
-        lanes=transport.lanes,
-        groups=list(groups.values()),
-        watchdog=transport.watchdog,
+        transport=transport,
     )
