@@ -7,7 +7,7 @@ each way to every other one: there the figure that counts is round trips.
 
 Messages: two processes on loopback. A `Sender` and a `Receiver` (comm/link.py) over a Gloo group, against the group's
 own Gloo, with buffers that were allocated before. Both take turns in one run, so that the machine's moods meet them
-alike.
+alike. Then the same with 100 ms of delay each way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from farspan.comm.codec import RawCodec
 from farspan.comm.gloo import GlooGroup
 from farspan.comm.lane import ThreadLane, Ticket
-from farspan.comm.link import Receiver, Sender
+from farspan.comm.link import WINDOW, Receiver, Sender
 from farspan.comm.rendezvous import Rendezvous
 from farspan.comm.topology import Topology
 from farspan.runtime.config import Config
@@ -171,7 +171,9 @@ class Linked:
         self._x, peer = x, 1 - out.rank
         self._tickets: list[Ticket] = []
         self._sender = Sender(out, peer, RawCodec(), ThreadLane("send"), PATIENCE_S)
-        self._receiver = Receiver(into, peer, RawCodec(), ThreadLane("receive"), PATIENCE_S, device=torch.device("cpu"))
+        self._receiver = Receiver(
+            into, peer, RawCodec(), ThreadLane("receive"), PATIENCE_S, device=torch.device("cpu"), window=WINDOW
+        )
 
     def send(self, count: int) -> None:
         self._tickets += [self._sender.send(self._x) for _ in range(count)]
@@ -190,12 +192,12 @@ class Linked:
             self._receiver.recv().get()
 
 
-def messages(rank: int, folder: str, nbytes: int, count: int, rounds: int) -> dict[str, list[float]]:
+def messages(rank: int, folder: str, interface: str, nbytes: int, count: int, rounds: int) -> dict[str, list[float]]:
     """Seconds a message of each kind, by round: `count` at once (a stream), and there and back (half of it)."""
     keep_freed_memory()
     store = FileStore(f"{folder}/meeting-{nbytes}", 2)
     names = "gate", "out", "back", "bare", "bare back"
-    groups = {name: GlooGroup(store, name, (0, 1), rank, "lo", PATIENCE_S) for name in names}
+    groups = {name: GlooGroup(store, name, (0, 1), rank, interface, PATIENCE_S) for name in names}
     x = torch.ones(nbytes // 4)
     out, back = ("out", "back") if rank == 0 else ("back", "out")
     linked = Linked(groups[out], groups[back], x)
@@ -242,11 +244,20 @@ def message_table(quick: bool) -> None:
     print("\nmicroseconds a message | bare Gloo | Link | Link ÷ bare\n---|---|---|---")
     for label, nbytes, count in (("4 KiB", 4 * KIB, 200), ("4 MiB", 4 * MIB, 20)):
         with tempfile.TemporaryDirectory() as folder:
-            seconds = play(2, messages, folder, nbytes, count, 5 if quick else 40)[1]
+            seconds = play(2, messages, folder, "lo", nbytes, count, 5 if quick else 40)[1]
         for pattern in ("stream", "there and back"):
             bare, link = seconds[f"{pattern}, bare"], seconds[f"{pattern}, Link"]
             ratio = median(b / a for a, b in zip(bare, link, strict=True))
             print(f"{label}, {pattern} | {1e6 * median(bare):.0f} | {1e6 * median(link):.0f} | {ratio:.2f}", flush=True)
+
+
+def far_table(quick: bool) -> None:
+    print(f"\nround trips a message, of {2 * DELAY_MS:.0f} ms | bare Gloo | Link\n---|---|---")
+    with lab({"hosts": 2, "delay_ms": DELAY_MS}) as hosts, tempfile.TemporaryDirectory() as folder:
+        seconds = play(2, messages, folder, hosts[0].interface, 64 * KIB, 20, 1 if quick else 3, hosts=hosts)[1]
+    for pattern in ("stream", "there and back"):
+        trips = [median(seconds[f"{pattern}, {kind}"]) / (2e-3 * DELAY_MS) for kind in ("bare", "Link")]
+        print(row(f"64 KiB, {pattern}", "{:.2f}", trips), flush=True)
 
 
 if __name__ == "__main__":
@@ -259,3 +270,5 @@ if __name__ == "__main__":
         setup_table(args.quick)
     if args.only != "setup":
         message_table(args.quick)
+        if not why_not():
+            far_table(args.quick)

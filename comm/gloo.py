@@ -70,7 +70,18 @@ class GlooGroup:
 
     def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None:
         with placed(out, _HOST, read=False) as host:
-            self._run(lambda: self._pg.recv([host], self.members.index(source), 0), source, timeout_s, operation)
+            self.post(host, source, operation=operation)(timeout_s)
+
+    def post(self, out: Tensor, source: int, *, operation: str = "receive") -> Callable[[float], None]:
+        operation = f"{operation} in group {self.name}"
+        with self._errors(operation, source):
+            work = self._pg.recv([out], self.members.index(source), 0)
+
+        def arrive(timeout_s: float) -> None:
+            with self._errors(operation, source):
+                work.wait(timedelta(seconds=timeout_s))
+
+        return arrive
 
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         # Without a deadline of their own, collectives take the one for connecting, and go on when the wait has ended.
