@@ -215,7 +215,7 @@ class StoreClient(Store):
             time.sleep(0.2)
 
     def _prove(self, secret: bytes) -> None:
-        self._socket.settimeout(2 * PROOF_S)
+        self._socket.settimeout(PROOF_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._read(len(GREETING)) != GREETING:
             raise EOFError("another greeting")
@@ -239,7 +239,7 @@ class StoreClient(Store):
             try:
                 self._socket.sendall(pack(code, *fields))
                 if self._patient is not None:
-                    self._await(self._patient)
+                    self._await(self._patient, patience_s)
                 (size,) = struct.unpack("!I", self._read(4))
                 answer, values = unpack(self._read(size))
             except (OSError, EOFError) as error:
@@ -280,11 +280,11 @@ class StoreClient(Store):
         return self._socket.getpeername()
 
     def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
-        """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
-        is false."""
+        """From now on, an answer is waited for as long as `patient(seconds it is overdue)`, asked every `look_s`, is
+        true; it may raise. After either, the connection is of no use any more."""
         self._patient, self._look_s = patient, look_s
 
-    def _await(self, patient: Callable[[float], bool]) -> None:
+    def _await(self, patient: Callable[[float], bool], due_s: float) -> None:
         start = time.monotonic()
         self._socket.settimeout(self._look_s)
         while True:
@@ -292,7 +292,7 @@ class StoreClient(Store):
                 self._socket.recv(1, socket.MSG_PEEK)
                 return
             except TimeoutError:
-                if not patient(time.monotonic() - start):
+                if not patient(time.monotonic() - start - due_s):
                     raise
 
     def close(self) -> None:
