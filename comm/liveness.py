@@ -19,7 +19,7 @@ from .neighbours import Connection, Neighbours, connecting_to, endpoint, host_of
 from .store import GONE, StoreClient
 
 _FAILURE = "failure"
-_LATE_S, _DEAD_S = 7.0, 2.0
+_LATE_S, _DEAD_S = 5.0, 2.0
 """How long rank 0 waits for others to hear of a failure: those yet to come, and those whose heartbeat stands still."""
 
 
@@ -135,9 +135,9 @@ class Liveness:
             if self._stop.wait(self._period_s):
                 return
 
-    def _patient_with_store(self, waited_s: float) -> bool:
+    def _patient_with_store(self, overdue_s: float) -> bool:
         self._neighbours.look()
-        return waited_s <= self._patience_s or self._flows(host_of(self._store_at))
+        return overdue_s <= self._patience_s or self._flows(host_of(self._store_at))
 
     def _flows(self, *hosts: str) -> bool:
         """Whether bytes have flown between this process and one of the hosts within the patience."""
