@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import socket
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .liveness import Liveness
-from .store import StoreClient, StoreServer
+from .store import KeysMissing, StoreClient, StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -80,22 +78,16 @@ class Rendezvous:
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
         """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
         timeout_s = timeout_s or self.timeout_s
-        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.store.wait(keys, timedelta(seconds=0.5))
-                break
-            except TimeoutError as error:
-                self.liveness.check()
-                if time.monotonic() > deadline:
-                    missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
-                    raise RendezvousError(
-                        f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
-                        f"at {self.where} ({topic}); were all {self.world} ranks started?"
-                    ) from error
-        return [json.loads(text) for text in self.store.multi_get(keys)]
+        try:
+            texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, self.liveness.check)
+        except KeysMissing as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if key in error.keys]
+            raise RendezvousError(
+                f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
+                f"at {self.where} ({topic}); were all {self.world} ranks started?"
+            ) from error
+        return [json.loads(text) for text in texts]
 
     def agree(self, values: dict[str, str]) -> None:
         """Raises `Mismatch`, naming the flag and both values, unless every rank brings the same `values`."""
@@ -106,7 +98,8 @@ class Rendezvous:
                     raise Mismatch(
                         f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
                     )
-        self.store.set("running", "")
+        if self.rank == 0:
+            self.store.set("running", "")
 
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""

@@ -27,7 +27,9 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
+from ..pipeline.warmup import warm_up
 from .astest import export, shortened
+from .check import CheckFailed, check
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
@@ -69,6 +71,7 @@ EXPECTED = (
     CheckpointError,
     DataError,
     Diverged,
+    CheckFailed,
 )
 """Errors whose message is the whole story."""
 
@@ -110,7 +113,10 @@ def run(config: Config) -> int:
             tell(error, config)
             raise
         meeting = meet(config, config.join_timeout, network)
-        train(config, meeting, signals, network)
+        if config.check:
+            check(config, meeting, network)
+        else:
+            train(config, meeting, signals, network)
         meeting.close()
         return 0
     except Exception as error:
@@ -174,7 +180,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
     if config.as_test:
         config = shortened(config)
-    device = pick_device(config)
+    device = pick_device(config, network)
     threads = share_threads(meeting)
     keep_freed_memory()
     units = stage_units(split, place.stage)
@@ -195,7 +201,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
-    held_out = open_held_out(config, topology, vocabulary.document) if vocabulary is not None else None
+    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
     facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]
@@ -213,6 +219,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
             )  # fmt: skip
         return
 
+    if "nccl" in (config.pp_library, config.dp_library):
+        warm_up(stage, optimizer.gradients, config.micro_batch_size, config.seq_length)
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
     record = meter.record
     wires = connect(config, topology, meeting, network, spec.tied, device, record)

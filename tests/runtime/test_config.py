@@ -47,7 +47,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
     [
         ("--no-such 1", "unknown flag --no-such"),
         ("--learning-rate 1", "unknown flag --learning-rate"),
-        ("--check", "unknown flag --check"),  # no abbreviations either
+        ("--checkp c", "unknown flag --checkp"),  # no abbreviations either
         ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
         ("--bucket-mb 0", "--bucket-mb 0.0 must be more than 0"),
         ("--optimizer 8bit-adam --dp-mode zero1", "--optimizer 8bit-adam has one scale for 256 elements"),
@@ -60,8 +60,11 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--total-steps 0", "--total-steps is needed"),
         ("--gradient-accumulate-step 3", "--total-steps 8 is not a multiple of --gradient-accumulate-step 3"),
         ("--warmup-steps 9", "--warmup-steps 9 is more than the run's 8 updates"),
-        ("--dp-backend nccl", "--dp-backend nccl is not supported"),
-        ("--dist-backend cupy_nccl", "--dist-backend cupy_nccl is not supported"),
+        (
+            "--dp-backend nccl --use-cuda false",
+            "--dp-backend nccl works on CUDA devices alone, and --use-cuda is false",
+        ),
+        ("--dist-backend cupy_nccl --use-cuda false", "--dist-backend cupy_nccl works on CUDA devices alone"),
         ("--heartbeat-period 0", "--heartbeat-period 0.0 must be more than 0 seconds"),
         ("--heartbeat-patience 1", "--heartbeat-patience 1.0 must be at least 3.0: 2 seconds, and 3 × --heartbeat-per"),
         ("--heartbeat-period 0.1 --heartbeat-patience 1", "--heartbeat-patience 1.0 must be at least 2.0: 2 seconds"),
@@ -108,6 +111,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--task-config t.json", "--task-name and --task-config say the same thing"),
         ("--data-workers -1", "--data-workers -1 must not be negative"),
         ("--rows ragged", "--rows"),
+        ("--document-mask --rows padded", "--document-mask means nothing to --rows padded"),
         ("--bos maybe", "--bos"),
         ("--eos maybe", "--eos"),
         ("--bad-lines ignore", "--bad-lines"),

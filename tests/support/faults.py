@@ -11,6 +11,7 @@ from typing import Any
 from farspan.comm.gloo import GlooGroup
 from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
+from farspan.pipeline.stage import Stage
 from farspan.runtime import prepare, train
 from farspan.runtime.checkpoint import Checkpoints
 from farspan.runtime.evaluate import Evaluation
@@ -57,6 +58,11 @@ def inf_gradient(updates: int) -> None:
         seen.append(None)
 
     Gradients.zero = zero  # type: ignore[method-assign]
+
+
+def slow_forward(seconds: float) -> None:
+    """The first forward of this rank's stage takes so long."""
+    _before(Stage, "forward", 1, lambda: time.sleep(seconds))
 
 
 def _before(owner: Any, name: str, due: int, act: Callable[[], None]) -> None:  # noqa: ANN401 - a class or a module
