@@ -25,6 +25,8 @@ os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
 # torch ships no types for this class's methods.
 ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo
 _HOST = torch.device("cpu")
+SMALL = 64 * 2**10
+"""Bytes that a member may send to have a sum in one round trip."""
 
 
 def _reason(error: RuntimeError | TimeoutError) -> str:
@@ -32,8 +34,8 @@ def _reason(error: RuntimeError | TimeoutError) -> str:
     return str(error).partition("\n")[0].split("] ", 1)[-1].partition(". ")[0][:200]
 
 
-def _is_timeout(error: RuntimeError) -> bool:
-    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
+def _is_timeout(error: RuntimeError | TimeoutError) -> bool:
+    return isinstance(error, TimeoutError) or "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
 class GlooGroup:
@@ -68,13 +70,27 @@ class GlooGroup:
 
     def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None:
         with placed(out, _HOST, read=False) as host:
-            self._run(lambda: self._pg.recv([host], self.members.index(source), 0), source, timeout_s, operation)
+            self.post(host, source, operation=operation)(timeout_s)
+
+    def post(self, out: Tensor, source: int, *, operation: str = "receive") -> Callable[[float], None]:
+        operation = f"{operation} in group {self.name}"
+        with self._errors(operation, source):
+            work = self._pg.recv([out], self.members.index(source), 0)
+
+        def arrive(timeout_s: float) -> None:
+            with self._errors(operation, source):
+                work.wait(timedelta(seconds=timeout_s))
+
+        return arrive
 
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         # Without a deadline of their own, collectives take the one for connecting, and go on when the wait has ended.
         limit = timedelta(seconds=timeout_s)
         with placed(x, _HOST) as host:
-            self._run(lambda: self._pg.allreduce(host, timeout=limit), self._other, timeout_s, operation)
+            if (self.size - 1) * host.nbytes <= SMALL:
+                self._sum_at_once(host, timeout_s, operation)
+            else:
+                self._run(lambda: self._pg.allreduce(host, timeout=limit), self._other, timeout_s, operation)
 
     def reduce_scatter(self, x: Tensor, *, timeout_s: float, operation: str = "reduce-scatter") -> None:
         # Gloo's own is an all-reduce that throws most of its result away.
@@ -99,6 +115,15 @@ class GlooGroup:
     def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None:
         # An all-reduce of one number, since Gloo's own barrier leaves no way to name a deadline per call.
         self.all_reduce(torch.zeros(1), timeout_s=timeout_s, operation=operation)
+
+    def _sum_at_once(self, x: Tensor, timeout_s: float, operation: str) -> None:
+        """Each sends all of it to everyone, which takes one round trip. Gloo's ring takes two for each member."""
+        arriving = x.new_empty((self.size, *x.shape))
+        self._exchange([x] * self.size, arriving, timeout_s, operation)
+        arriving[self.members.index(self.rank)] = x
+        x.copy_(arriving[0])
+        for other in arriving[1:]:  # in the members' order: everyone ends with the same bits
+            x += other
 
     def _exchange(
         self, outgoing: Sequence[Tensor] | Tensor, arriving: Tensor, timeout_s: float, operation: str
@@ -144,7 +169,8 @@ class _Translate:
         self.start = time.monotonic()
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if not isinstance(error, RuntimeError | TimeoutError) or isinstance(error, WireError):
+        # Connecting goes through our store, whose `TimeoutError` Gloo passes on.
+        if not isinstance(error, (RuntimeError, TimeoutError)) or isinstance(error, WireError):
             return
         kind = LinkTimeout if isinstance(error, TimeoutError) or _is_timeout(error) else PeerLost
         raise kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -29,6 +30,11 @@ class Group(Protocol):
     def send(self, x: Tensor, to: int, *, timeout_s: float, operation: str = "send") -> None: ...
 
     def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None: ...
+
+    def post(self, out: Tensor, source: int, *, operation: str = "receive") -> Callable[[float], None]:
+        """Ask for the next message ahead of time, into `out` in host memory, where `ahead` is not 0. The call of what
+        is returned waits for it, for so many seconds; waits come in the order of the posts."""
+        ...
 
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         """Sums `x` over the group, in place; every member ends with the same bits."""

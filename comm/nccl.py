@@ -138,6 +138,9 @@ class NcclGroup:
             place = self.members.index(source)
             self._run(lambda stream: self._recv(y, place, stream), [y], source, timeout_s, operation)
 
+    def post(self, out: Tensor, source: int, *, operation: str = "receive") -> Callable[[float], None]:
+        return lambda timeout_s: self.recv(out, source, timeout_s=timeout_s, operation=operation)
+
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         with placed(x, self._device) as y:
 

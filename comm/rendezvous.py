@@ -64,8 +64,16 @@ class Rendezvous:
         watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
         name = via.name if via is not None else ""
         self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
+        # News of a failure ends every wait for the store, also Gloo's while it connects.
+        self.store.wait_while(self._patient, min(period_s, 0.5))
         if twice:
-            raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
+            raise self.failed(
+                Mismatch(f"two processes were started with --rank {rank}; see your hosts' launch scripts")
+            )
+
+    def _patient(self, overdue_s: float) -> bool:
+        self.liveness.check()
+        return overdue_s <= self.timeout_s
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
         """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
@@ -87,7 +95,9 @@ class Rendezvous:
             for name in ranks[0].keys() | theirs.keys():
                 ours, other = ranks[0].get(name, "(absent)"), theirs.get(name, "(absent)")
                 if ours != other:
-                    raise Mismatch(f"{name} differs: rank 0 has {ours}, rank {rank} has {other}")
+                    raise Mismatch(
+                        f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
+                    )
         if self.rank == 0:
             self.store.set("running", "")
 

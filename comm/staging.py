@@ -32,6 +32,11 @@ def placed(x: Tensor, device: torch.device, *, read: bool = True, write: bool = 
         x.copy_(copy, non_blocking=to_host)
 
 
+def host_memory(nbytes: int, device: torch.device) -> Tensor:
+    """[nbytes] uint8 in host memory, from which `device` can read without a further copy."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """`x`, which lies in host memory, on `device`; the host does not wait for what that is doing."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)

@@ -251,7 +251,7 @@ class StoreClient(Store):
             time.sleep(0.2)
 
     def _prove(self, secret: bytes) -> None:
-        self._socket.settimeout(2 * PROOF_S)
+        self._socket.settimeout(PROOF_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._read(len(GREETING)) != GREETING:
             raise EOFError("another greeting")
@@ -368,8 +368,8 @@ class StoreClient(Store):
         return self._socket.getpeername()
 
     def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
-        """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
-        is false."""
+        """From now on, an answer is waited for as long as `patient(seconds it is overdue)`, asked every `look_s`, is
+        true; it may raise. After either, the connection is of no use any more."""
         self._patient, self._look_s = patient, look_s
 
     def close(self) -> None:

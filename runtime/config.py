@@ -75,6 +75,9 @@ class GridFlags:
     )
     heartbeat_period: float = _flag(1.0, "seconds between two signs of life, in the store and on every connection")
     heartbeat_patience: float = _flag(10.0, "seconds of silence after which a rank or a connection is given up")
+    check: bool = _flag(
+        False, "measure network, memory, weights and layers, say what a step will take, and stop without training"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
 LOG_BACKENDS = ("print", "wandb", "tensorboard")
-SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "document_mask"}
+SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "document_mask", "check"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (

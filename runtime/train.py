@@ -29,6 +29,7 @@ from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
 from ..pipeline.warmup import warm_up
 from .astest import export, shortened
+from .check import CheckFailed, check
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
@@ -70,6 +71,7 @@ EXPECTED = (
     CheckpointError,
     DataError,
     Diverged,
+    CheckFailed,
 )
 """Errors whose message is the whole story."""
 
@@ -111,7 +113,10 @@ def run(config: Config) -> int:
             tell(error, config)
             raise
         meeting = meet(config, config.join_timeout, network)
-        train(config, meeting, signals, network)
+        if config.check:
+            check(config, meeting, network)
+        else:
+            train(config, meeting, signals, network)
         meeting.close()
         return 0
     except Exception as error:

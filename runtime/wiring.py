@@ -11,7 +11,7 @@ import torch
 from ..comm.codec import RawCodec
 from ..comm.group import Group
 from ..comm.lane import Lane, Recorder
-from ..comm.link import Receiver, Sender
+from ..comm.link import WINDOW, Receiver, Sender
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
 from ..comm.transport import Transport, Wanted
@@ -107,7 +107,9 @@ def connect(
 
     def receiver(name: str, source: int, lane_name: str, to_device: torch.device = device) -> Receiver:
         group = groups[name]
-        return Receiver(group, source, codec, lane(lane_name), timeout_s, device=to_device, depth=group.ahead)
+        return Receiver(
+            group, source, codec, lane(lane_name), timeout_s, device=to_device, depth=group.ahead, window=WINDOW
+        )
 
     before = topology.rank(Coord(here.replica, here.stage - 1)) if here.stage > 0 else None
     after = topology.rank(Coord(here.replica, here.stage + 1)) if here.stage + 1 < topology.stages else None
