@@ -79,7 +79,7 @@ class Transport:
         for w in wanted:
             if not w.is_gloo:
                 liveness.check()
-                made[w] = NcclGroup(store, w.name, w.members, rank, w.interface, limit, self._device, self.watchdog)
+                made[w] = NcclGroup(store, w.name, w.members, rank, w.interface, limit, self._device, self._watchdog)
         self.groups.update({w.name: made[w] for w in wanted})
 
     def lane(self, name: str) -> Lane:

@@ -200,8 +200,7 @@ def measure_network(
 ) -> dict[str, Any]:
     if wires.world is None:
         return {"edges": []}
-    groups = {group.name: group for group in wires.groups}
-    found = measure_edges(rounds, groups, wires.world, meeting, config.wire_timeout)
+    found = measure_edges(rounds, wires.groups, wires.world, meeting, config.wire_timeout)
     return {"edges": [(asdict(edge), asdict(figures)) for edge, figures in found]}
 
 

@@ -39,6 +39,10 @@ class Wires:
     def lanes(self) -> list[Lane]:
         return self.transport.lanes if self.transport is not None else []
 
+    @property
+    def groups(self) -> dict[str, Group]:
+        return self.transport.groups if self.transport is not None else {}
+
     def close(self) -> None:
         if self.transport is not None:
             self.transport.close()
