@@ -34,8 +34,8 @@ def _reason(error: RuntimeError | TimeoutError) -> str:
     return str(error).partition("\n")[0].split("] ", 1)[-1].partition(". ")[0][:200]
 
 
-def _is_timeout(error: RuntimeError) -> bool:
-    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
+def _is_timeout(error: RuntimeError | TimeoutError) -> bool:
+    return isinstance(error, TimeoutError) or "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
 class GlooGroup:
@@ -169,7 +169,8 @@ class _Translate:
         self.start = time.monotonic()
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if not isinstance(error, RuntimeError | TimeoutError) or isinstance(error, WireError):
+        # Connecting goes through our store, whose `TimeoutError` Gloo passes on.
+        if not isinstance(error, (RuntimeError, TimeoutError)) or isinstance(error, WireError):
             return
         kind = LinkTimeout if isinstance(error, TimeoutError) or _is_timeout(error) else PeerLost
         raise kind(

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 
 from .errors import InterfaceError, PeerLost, PeerSilent, RemoteFailure, StoreLost, line_of
-from .interfaces import interface
+from .interfaces import interface, interfaces
 from .neighbours import Connection, Neighbours, connecting_to, endpoint, host_of
 from .store import GONE, StoreClient
 
 _FAILURE = "failure"
-_LATE_S = 7.0
+_LATE_S, _DEAD_S = 5.0, 2.0
+"""How long rank 0 waits for others to hear of a failure: those yet to come, and those whose heartbeat stands still."""
 
 
 class Liveness:
@@ -92,15 +93,21 @@ class Liveness:
     def linger(self) -> None:
         """Rank 0 keeps the store open until all who can know of the failure do: also ranks that have yet to come, which
         would wait for it until their --join-timeout."""
-        deadline = time.monotonic() + max(_LATE_S, 2 * self._period_s)
-        acks = [f"ack/{rank}" for rank in range(1, self.world) if rank != self._lost]
-        if self.rank != 0 and self._deaf:
-            time.sleep(3 * self._period_s)  # rank 0 finds out as we did, and tells the others before they miss us
-        while self.rank == 0 and acks and time.monotonic() < deadline:
-            with self._lock:
-                if self._store.check(acks):
-                    return
+        if self.rank != 0:
+            if self._deaf:
+                time.sleep(3 * self._period_s)  # rank 0 finds out as we did, and tells the others before they miss us
+            return
+        start, beats = time.monotonic(), self._beats()
+        missing = [rank for rank in range(1, self.world) if rank != self._lost]
+        while missing and (passed_s := time.monotonic() - start) < max(_LATE_S, 2 * self._period_s):
             time.sleep(0.05)
+            now = self._beats()
+            given_up = passed_s > max(_DEAD_S, 3 * self._period_s)
+            missing = [
+                rank
+                for rank in missing
+                if not self._store.check([f"ack/{rank}"]) and not (given_up and now[rank] == beats[rank] > 0)
+            ]
 
     def close(self) -> None:
         self._stop.set()
@@ -128,13 +135,13 @@ class Liveness:
             if self._stop.wait(self._period_s):
                 return
 
-    def _patient_with_store(self, waited_s: float) -> bool:
+    def _patient_with_store(self, overdue_s: float) -> bool:
         self._neighbours.look()
-        return waited_s <= self._patience_s or self._flows(host_of(self._store_at))
+        return overdue_s <= self._patience_s or self._flows(host_of(self._store_at))
 
     def _flows(self, *hosts: str) -> bool:
-        """Whether bytes flow between this process and one of the hosts."""
-        return any(self._neighbours.idle_s(host) < self._patience_s / 2 for host in hosts)
+        """Whether bytes have flown between this process and one of the hosts within the patience."""
+        return any(self._neighbours.idle_s(host) <= self._patience_s for host in hosts)
 
     def _look(self) -> None:
         self._neighbours.look()
@@ -163,14 +170,16 @@ class Liveness:
         return None
 
     def _silent(self, ranks: list[int], connection: Connection, remote: str) -> PeerSilent:
+        local = host_of(connection.local)
+        name = next((i.name for i in interfaces().values() if local in i.addresses), self._interface)
         way = f"TCP's probes on {connection.local} → {remote}" if connection.remote else f"connecting to {remote}"
         return PeerSilent(
             rank=self.rank,
             peer=ranks[0] if len(ranks) == 1 else None,
-            interface=self._interface or "any",
+            interface=name,
             operation=way,
             seconds=connection.silent_s,
-            detail=self._here() or ("" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"),
+            detail=_trouble_with(name) or ("" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"),
         )
 
     def _ranks_at(self, remote: str) -> list[int]:
@@ -190,17 +199,24 @@ class Liveness:
             return None
         if (gone := self._gone()) is not None:
             return self._lost_from_store(PeerLost, gone, "its connection to the store closed", 0.0)
-        for rank in range(1, self.world):
-            with self._lock:
-                beat = self._store.add(f"beat/{rank}", 0)
+        for rank, beat in enumerate(self._beats()):
             last, looks = self._seen.get(rank, (0, 0))
-            self._seen[rank] = (beat, looks + 1 if beat == last else 0)
-            silent_s = (looks + 1) * self._period_s
-            if beat == 0 or silent_s <= self._patience_s or self._flows(*map(host_of, self._endpoints(rank))):
+            looks = looks + 1 if beat == last else 0
+            self._seen[rank], silent_s = (beat, looks), looks * self._period_s
+            if (
+                rank == 0
+                or beat == 0
+                or silent_s <= self._patience_s
+                or self._flows(*map(host_of, self._endpoints(rank)))
+            ):
                 continue
             if not self._store.check([f"bye/{rank}"]):
                 return self._lost_from_store(PeerSilent, rank, "waiting for its heartbeat in the store", silent_s)
         return None
+
+    def _beats(self) -> list[int]:
+        with self._lock:
+            return [self._store.add(f"beat/{rank}", 0) for rank in range(self.world)]
 
     def _gone(self) -> int | None:
         """The first rank whose watcher's connection to the store closed without a farewell."""
@@ -230,14 +246,15 @@ class Liveness:
             interface=self._interface or "any",
             operation=operation,
             seconds=seconds,
-            detail=self._here() if kind is PeerSilent else "",
+            detail=_trouble_with(self._interface) if kind is PeerSilent else "",
         )
 
-    def _here(self) -> str:
-        """What is wrong with this machine's own interface, if anything."""
-        try:
-            if self._interface:
-                interface(self._interface)
-        except InterfaceError as error:
-            return str(error)
-        return ""
+
+def _trouble_with(name: str) -> str:
+    """What is wrong with this machine's own interface, if anything."""
+    try:
+        if name:
+            interface(name)
+    except InterfaceError as error:
+        return str(error)
+    return ""

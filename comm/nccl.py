@@ -200,16 +200,17 @@ class NcclGroup:
     # ---- for the watchdog
 
     def trouble(self) -> WireError | None:
-        """What is wrong, as far as it can be seen from outside: a broken connection, or a call past its deadline."""
+        """What is wrong, as far as it can be seen from outside: a broken connection, or a call past its deadline. A
+        communicator without a call is not asked: at the end of a run, a peer may have closed its own already."""
         now = time.monotonic()
         call = self._first_call()
-        try:
-            self._comm.check_async_error()
-        except self._nccl.NcclError as error:
-            return self._explain(error, call or _Call("idling", self._other, 0.0, (), since=now))
         if call is None:
             return None
         call.since = call.since or now
+        try:
+            self._comm.check_async_error()
+        except self._nccl.NcclError as error:
+            return self._explain(error, call)
         if now - call.since <= call.timeout_s:
             return None
         return LinkTimeout(
@@ -262,6 +263,7 @@ class NcclGroup:
             self._alive()
             with self._guard:
                 self._calls.append(call)
+            torch.cuda.set_device(self._device)  # each thread has its own
             stream = torch.cuda.current_stream(self._device)
             try:
                 enqueue(stream.cuda_stream)

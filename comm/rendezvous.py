@@ -6,11 +6,13 @@ import errno
 import json
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
+from .lane import ThreadLane
 from .liveness import Liveness
 from .store import KeysMissing, StoreClient, StoreServer
 
@@ -32,6 +34,7 @@ class Rendezvous:
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
+    Connections to the store leave by `leave_by` [by the route].
     `heartbeat_s`: period and patience of `Liveness`.
     """
 
@@ -45,6 +48,7 @@ class Rendezvous:
         on_hopeless: Callable[[str], None],
         secret: bytes = b"",
         via: Interface | None = None,
+        leave_by: Interface | None = None,
         heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
@@ -54,16 +58,28 @@ class Rendezvous:
         if rank == 0:
             host = self._own_address(host, via)
             self._server = self._serve(host, port, secret)
-        self.store = StoreClient(host, port, rank, secret, timeout_s)
+        # Two connections, made at once, since each takes three round trips: heartbeats must not wait behind anything.
+        dialling = ThreadLane("dialling")
+        watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
+        self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
+        watch = watching.get()
+        dialling.close()
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
-        watch = StoreClient(host, port, rank, secret, patience_s)
         name = via.name if via is not None else ""
         self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
+        # News of a failure ends every wait for the store, also Gloo's while it connects.
+        self.store.wait_while(self._patient, min(period_s, 0.5))
         if twice:
-            raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
+            raise self.failed(
+                Mismatch(f"two processes were started with --rank {rank}; see your hosts' launch scripts")
+            )
+
+    def _patient(self, overdue_s: float) -> bool:
+        self.liveness.check()
+        return overdue_s <= self.timeout_s
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
         """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
@@ -85,7 +101,9 @@ class Rendezvous:
             for name in ranks[0].keys() | theirs.keys():
                 ours, other = ranks[0].get(name, "(absent)"), theirs.get(name, "(absent)")
                 if ours != other:
-                    raise Mismatch(f"{name} differs: rank 0 has {ours}, rank {rank} has {other}")
+                    raise Mismatch(
+                        f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
+                    )
         if self.rank == 0:
             self.store.set("running", "")
 
@@ -112,7 +130,8 @@ class Rendezvous:
         except (OSError, UnicodeError):
             named = []
         local = {address for found in interfaces().values() for address in found.addresses}
-        for address in named:
+        own = via.addresses if via is not None else ()
+        for address in sorted(named, key=lambda address: address not in own):
             if address in local:
                 return str(address)
         if via is None:

@@ -34,6 +34,7 @@ from datetime import timedelta
 from torch.distributed import Store
 
 from .errors import RendezvousError, StoreLost
+from .interfaces import Interface, connect_from
 
 GREETING = b"farspan store 1\n"
 NONCE = 16
@@ -202,12 +203,14 @@ class StoreClient(Store):
     """One rank's connection; also the `Store` that Gloo's groups meet through.
 
     Any number of threads may ask at once: none waits for the answer of another, so groups can be made side by side.
-    Connecting is tried until `timeout_s`. Raises `RendezvousError` if nobody answers, if whoever answers is no farspan
-    store, or one with another secret; later, `StoreLost` when the connection is gone and `TimeoutError` for a key that
-    did not come.
+    It leaves by the interface `via` [by the route]. Connecting is tried until `timeout_s`. Raises `RendezvousError` if
+    nobody answers, if whoever answers is no farspan store, or one with another secret; later, `StoreLost` when the
+    connection is gone and `TimeoutError` for a key that did not come.
     """
 
-    def __init__(self, host: str, port: int, rank: int, secret: bytes, timeout_s: float) -> None:
+    def __init__(
+        self, host: str, port: int, rank: int, secret: bytes, timeout_s: float, via: Interface | None = None
+    ) -> None:
         super().__init__()
         self.where = f"{host}:{port}"
         self._rank, self._timeout_s = rank, timeout_s
@@ -217,7 +220,7 @@ class StoreClient(Store):
         self._gone: Exception | None = None
         self._patient: Callable[[float], bool] = lambda seconds: seconds < timeout_s
         self._look_s = 0.2
-        self._socket = self._dial(host, port)
+        self._socket = self._dial(host, port, via)
         try:
             self._prove(secret)
         except (OSError, EOFError) as error:
@@ -231,23 +234,24 @@ class StoreClient(Store):
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         threading.Thread(target=self._listen, name="store answers", daemon=True).start()
 
-    def _dial(self, host: str, port: int) -> socket.socket:
+    def _dial(self, host: str, port: int, via: Interface | None) -> socket.socket:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                return socket.create_connection((host, port), timeout=min(self._timeout_s, PROOF_S))
+                return connect_from(host, port, via, min(self._timeout_s, PROOF_S))
             except UnicodeError as error:
                 raise RendezvousError(f"--dist-url: {host!r} cannot be the name of a host") from error
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise RendezvousError(
-                        f"rank {self._rank} cannot reach the master at {self.where} within {self._timeout_s:.0f} s "
+                        f"rank {self._rank} cannot reach the master at {self.where} "
+                        f"{f'over {via.name} ' if via else ''}within {self._timeout_s:.0f} s "
                         f"({error}); is rank 0 running there, and the port open?"
                     ) from error
             time.sleep(0.2)
 
     def _prove(self, secret: bytes) -> None:
-        self._socket.settimeout(2 * PROOF_S)
+        self._socket.settimeout(PROOF_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._read(len(GREETING)) != GREETING:
             raise EOFError("another greeting")
@@ -364,8 +368,8 @@ class StoreClient(Store):
         return self._socket.getpeername()
 
     def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
-        """From now on, the store is gone when it has not answered and `patient(seconds so far)`, asked every `look_s`,
-        is false."""
+        """From now on, an answer is waited for as long as `patient(seconds it is overdue)`, asked every `look_s`, is
+        true; it may raise. After either, the connection is of no use any more."""
         self._patient, self._look_s = patient, look_s
 
     def close(self) -> None:

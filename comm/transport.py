@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,19 @@ def prepare(backend: str, interface: str) -> None:
     load()
 
 
+class Wanted(NamedTuple):
+    """A group that is to be made."""
+
+    backend: str
+    name: str
+    members: tuple[int, ...]
+    interface: str
+
+    @property
+    def is_gloo(self) -> bool:
+        return self.backend == "gloo"
+
+
 class Transport:
     """Makes one rank's groups and lanes. `close` finishes what is under way first.
 
@@ -46,34 +60,27 @@ class Transport:
         self.lanes: list[Lane] = []
         self.groups: dict[str, Group] = {}
 
-    def connect(self, wanted: Iterable[tuple[str, str, tuple[int, ...], str]]) -> None:
-        """Make these groups (backend, name, members, interface); blocks until all members of all have come.
+    def connect(self, wanted: Iterable[Wanted]) -> None:
+        """Make groups; blocks until the members of all have come. All ranks name theirs in one order.
 
-        Gloo's are made side by side: each takes some round trips, and all together take no longer than the longest.
-        NCCL's are made one after the other, so all ranks must give them in the same order.
+        A Gloo group takes some round trips: side by side, all take no longer than one. NCCL's come one by one, since
+        two that are made at once, in another order on another rank, may wait for each other on the device.
         """
-        liveness, making = self._meeting.liveness, []
-        for backend, name, members, interface in sorted(wanted, key=lambda facts: facts[0] == "nccl"):
-            if backend == "nccl":
-                self.group(backend, name, members, interface)
-            else:
-                lane = ThreadLane(f"connecting {name}", check=liveness.check, on_error=liveness.report)
-                making.append((lane, lane.submit(partial(self.group, backend, name, members, interface))))
-        for lane, ticket in making:
-            ticket.get()
-            lane.close()
-
-    def group(self, backend: str, name: str, members: tuple[int, ...], interface: str) -> Group:
-        """Blocks until all members have come."""
-        self._meeting.liveness.check()
+        wanted, liveness = list(wanted), self._meeting.liveness
         store, rank, limit = self._meeting.store, self._meeting.rank, self._timeout_s
-        made: Group
-        if backend == "nccl":
-            made = NcclGroup(store, name, members, rank, interface, limit, self._device, self._watchdog)
-        else:
-            made = GlooGroup(store, name, members, rank, interface, limit)
-        self.groups[name] = made
-        return made
+        makers = {w: ThreadLane(w.name, check=liveness.check, on_error=liveness.report) for w in wanted if w.is_gloo}
+        tickets = {
+            w: maker.submit(partial(GlooGroup, store, w.name, w.members, rank, w.interface, limit))
+            for w, maker in makers.items()
+        }
+        made: dict[Wanted, Group] = {w: ticket.get() for w, ticket in tickets.items()}
+        for maker in makers.values():
+            maker.close()
+        for w in wanted:
+            if not w.is_gloo:
+                liveness.check()
+                made[w] = NcclGroup(store, w.name, w.members, rank, w.interface, limit, self._device, self._watchdog)
+        self.groups.update({w.name: made[w] for w in wanted})
 
     def lane(self, name: str) -> Lane:
         liveness = self._meeting.liveness
@@ -88,6 +95,6 @@ class Transport:
     def close(self) -> None:
         for lane in self.lanes:
             lane.close()
+        self._watchdog.close()
         for group in self.groups.values():
             group.close()
-        self._watchdog.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..modules.checksums import write_sums
 from ..modules.families import FAMILIES
 from ..modules.shards import (
     INDEX,
@@ -103,6 +104,7 @@ def import_hf(family: str, model_name: str, save_dir: Path) -> Path:
             write_unit(partial, store.spec, unit, tensors)
         write_index(partial, store.spec, dtype)
         copy_tokenizer(store.folder, partial)
+        write_sums(partial)
     return target
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .schedule import Action, Op, Plan, show, trains
 from .timeline import Timeline
@@ -14,13 +15,36 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class Wire:
+    """One directed edge, in seconds.
+
+    The k-th message in a row takes `burst[k]` of the wire (the later ones as long as the last of these); after `rest`
+    of silence the row begins anew, since TCP does. It arrives `delay` later. For `turn` after a message the next one
+    has to wait, until the receiver has said that it is ready.
+    """
+
+    burst: tuple[float, ...]
+    delay: float = 0.0
+    turn: float = 0.0
+    rest: float = float("inf")
+
+
+@dataclass(frozen=True)
 class Costs:
-    """Seconds of one micro-batch: `forward`, `backward` by stage; `wire` (size ÷ rate), `delay` (one way) by hop."""
+    """Seconds of one micro-batch: `forward`, `backward` by stage; `wire` (size ÷ rate), `delay` (one way) by hop.
+
+    `wires` has what is known better of an edge (from stage, to stage).
+    """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     wire: tuple[float, ...] = ()
     delay: tuple[float, ...] = ()
+    wires: Mapping[tuple[int, int], Wire] = field(default_factory=dict)
+
+    def edge(self, stage: int, to: int) -> Wire:
+        hop = min(stage, to)
+        return self.wires.get((stage, to)) or Wire((self.wire[hop],), self.delay[hop])
 
     @classmethod
     def even(
@@ -63,7 +87,7 @@ def simulate(plan: Plan, costs: Costs) -> Timeline:
     timeline = Timeline()
     cursor = [0] * len(plan)
     clock = [0.0] * len(plan)
-    wire_free: dict[tuple[int, int], float] = {}
+    in_a_row: dict[tuple[int, int], tuple[int, float]] = {}  # messages so far, and when the last one had left
     arrived: dict[Action, float] = {}
     moved = True
     while moved:
@@ -78,11 +102,16 @@ def simulate(plan: Plan, costs: Costs) -> Timeline:
                         break
                     clock[stage] = max(clock[stage], arrived[sent])
                 elif op in (Op.SEND_F, Op.SEND_B):
-                    to, hop = (stage + 1, stage) if op is Op.SEND_F else (stage - 1, stage - 1)
-                    start = max(clock[stage], wire_free.get((stage, to), 0.0))
-                    wire_free[stage, to] = start + costs.wire[hop]
-                    arrived[action] = start + costs.wire[hop] + costs.delay[hop]
-                    timeline.record(f"{stage}→{to}", str(action), start, start + costs.wire[hop])
+                    to = stage + 1 if op is Op.SEND_F else stage - 1
+                    wire = costs.edge(stage, to)
+                    count, left = in_a_row.get((stage, to), (0, float("-inf")))
+                    start = max(clock[stage], left + wire.turn)
+                    if start - left > wire.rest:
+                        count = 0
+                    left = start + wire.burst[min(count, len(wire.burst) - 1)]
+                    in_a_row[stage, to] = count + 1, left
+                    arrived[action] = left + wire.delay
+                    timeline.record(f"{stage}→{to}", str(action), start, left)
                 else:
                     seconds = (costs.forward if op is Op.FORWARD else costs.backward)[stage]
                     timeline.record(f"stage {stage}", str(action), clock[stage], clock[stage] + seconds)

@@ -25,6 +25,7 @@ from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .milestones import steps_of_epochs
+from .network import Network
 from .optim import Optimizer
 from .tasks import TaskMixture
 from .tokenizer import Vocabulary
@@ -101,12 +102,12 @@ def describe(units: range, spec: ModelSpec) -> str:
     return " + ".join(parts + (["head"] if units.stop == spec.unit_count else []))
 
 
-def pick_device(config: Config, interface: str) -> torch.device:
+def pick_device(config: Config, network: Network) -> torch.device:
     """What --use-cuda and --cuda-id say, or a CUDA device where there is one; ready for what the backends need.
 
     Raises `ConfigError` or `InterfaceError`."""
-    for library in {config.pp_library, config.dp_library}:
-        prepare(library, interface)
+    for library, interface in {(config.pp_library, network.wire), (config.dp_library, network.gradients)}:
+        prepare(library, interface.name)
     available = torch.cuda.is_available()
     if config.use_cuda == "true" and not available:
         raise ConfigError("--use-cuda true, but torch sees no CUDA device here")

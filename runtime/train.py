@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..comm.errors import InterfaceError, WireError, line_of
-from ..comm.interfaces import Interface, interface, interface_towards
-from ..comm.rendezvous import Rendezvous, parse_url
+from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.shards import ShardError, ShardStore
 from ..modules.spec import ModelSpec, SpecError
@@ -28,13 +27,16 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
+from ..pipeline.warmup import warm_up
 from .astest import export, shortened
+from .check import CheckFailed, check
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
 from .feed import Feed
 from .metrics import Metrics
 from .milestones import compared_on, enough, perplexity
+from .network import Network, find_network
 from .open_tasks import open_tasks
 from .optim import Optimizer
 from .precision import LossScaler, compute_dtype
@@ -69,6 +71,7 @@ EXPECTED = (
     CheckpointError,
     DataError,
     Diverged,
+    CheckFailed,
 )
 """Errors whose message is the whole story."""
 
@@ -104,12 +107,16 @@ def run(config: Config) -> int:
     meeting = None
     try:
         signals = Signals()
-        wire = find_interface(config)
-        if isinstance(wire, InterfaceError):
-            tell(wire, config)
-            raise wire
-        meeting = meet(config, config.join_timeout, wire)
-        train(config, meeting, signals, wire)
+        try:
+            network = find_network(config)
+        except InterfaceError as error:
+            tell(error, config)
+            raise
+        meeting = meet(config, config.join_timeout, network)
+        if config.check:
+            check(config, meeting, network)
+        else:
+            train(config, meeting, signals, network)
         meeting.close()
         return 0
     except Exception as error:
@@ -121,7 +128,7 @@ def run(config: Config) -> int:
         raise AssertionError("unreachable") from error
 
 
-def meet(config: Config, timeout_s: float, via: Interface | None = None) -> Rendezvous:
+def meet(config: Config, timeout_s: float, network: Network | None = None) -> Rendezvous:
     """Join the other ranks. Raises `WireError`, or `ConfigError` for a secret that cannot be read."""
     secret = b""
     if config.secret_file:
@@ -138,19 +145,10 @@ def meet(config: Config, timeout_s: float, via: Interface | None = None) -> Rend
         timeout_s=timeout_s,
         on_hopeless=leave,
         secret=secret,
-        via=via,
+        via=network.wire if network is not None else None,
+        leave_by=network.wire if network is not None and network.named else None,
         heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
     )
-
-
-def find_interface(config: Config) -> Interface | InterfaceError:
-    """The interface for this rank's traffic, or why there is none."""
-    try:
-        if config.net_interface:
-            return interface(config.net_interface)
-        return interface_towards(*parse_url(config.dist_url))
-    except InterfaceError as error:
-        return error
 
 
 def tell(error: Exception, config: Config) -> None:
@@ -169,7 +167,7 @@ def leave(line: str) -> None:
     os._exit(1)
 
 
-def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface) -> None:
+def train(config: Config, meeting: Rendezvous, signals: Signals, network: Network) -> None:
     """Everything between the meeting of the ranks and their parting."""
     born = psutil.Process().create_time()
     topology = Topology(config.data_group_size, config.pipeline_group_size)
@@ -182,13 +180,13 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
     if config.as_test:
         config = shortened(config)
-    device = pick_device(config, wire.name)
+    device = pick_device(config, network)
     threads = share_threads(meeting)
     keep_freed_memory()
     units = stage_units(split, place.stage)
     log.info(
         "rank %d: replica %d, stage %d of %d, %s, on %s%s, interface %s",
-        config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, wire.name,
+        config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, network,
     )  # fmt: skip
 
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
@@ -203,7 +201,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
-    held_out = open_held_out(config, topology, vocabulary.document) if vocabulary is not None else None
+    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
     facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]
@@ -221,9 +219,11 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
             )  # fmt: skip
         return
 
+    if "nccl" in (config.pp_library, config.dp_library):
+        warm_up(stage, optimizer.gradients, config.micro_batch_size, config.seq_length)
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
     record = meter.record
-    wires = connect(config, topology, meeting, wire.name, spec.tied, device, record)
+    wires = connect(config, topology, meeting, network, spec.tied, device, record)
     profile = None
     if meter.timeline is not None:
         profile = Profile(meter.timeline, wires, topology, config.rank, config.wire_timeout)
@@ -273,6 +273,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, wire: Interface
     progress, early = trainer.run(progress)
     feed.close()
     if profile is not None:
+        trainer.executor.watch.settle()
         profile.write(config.checkpoints / "traces")
     if mixture is not None:
         mixture.close()

@@ -14,10 +14,12 @@ from ..comm.lane import Lane, Recorder
 from ..comm.link import WINDOW, Receiver, Sender
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
-from ..comm.transport import Transport
+from ..comm.transport import Transport, Wanted
+from ..comm.verify import network_here, verify_interfaces
 from ..pipeline.executor import Edges
 from .config import Config
 from .feed import Ends
+from .network import Network
 
 
 @dataclass
@@ -31,14 +33,19 @@ class Wires:
     world: Group | None
     collectives: Lane
     data: Lane
-    transport: Transport
+    transport: Transport | None = None
 
     @property
     def lanes(self) -> list[Lane]:
-        return self.transport.lanes
+        return self.transport.lanes if self.transport is not None else []
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        return self.transport.groups if self.transport is not None else {}
 
     def close(self) -> None:
-        self.transport.close()
+        if self.transport is not None:
+            self.transport.close()
 
 
 def backend_of(config: Config, group: str) -> str:
@@ -48,7 +55,7 @@ def backend_of(config: Config, group: str) -> str:
     return config.pp_library if group[0].isdigit() or group.startswith("tied") else "gloo"
 
 
-def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def group_members(topology: Topology, tied: bool, positions: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every group of a run, in one order on all ranks.
 
     Each directed edge is a group of its own: two directions never block each other.
@@ -60,8 +67,11 @@ def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[i
             yield f"{b}→{a}", (a, b)
         if tied and topology.stages > 1:
             yield f"tied embedding of replica {replica}", (line[0], line[-1])
-    for kind, stage in (("tokens", 0), ("labels", topology.stages - 1)):
-        for rank in topology.peers(stage):
+    fed = [("tokens", topology.peers(0)), ("labels", topology.peers(topology.stages - 1))]
+    if positions:
+        fed.append(("positions", tuple(range(topology.world))))
+    for kind, ranks in fed:
+        for rank in ranks:
             if rank != 0:
                 yield f"{kind}→{rank}", (0, rank)
     if topology.replicas > 1:
@@ -75,7 +85,7 @@ def connect(
     config: Config,
     topology: Topology,
     meeting: Rendezvous,
-    interface: str,
+    network: Network,
     tied: bool,
     device: torch.device,
     record: Recorder | None,
@@ -86,10 +96,14 @@ def connect(
     transport = Transport(meeting, device, config.join_timeout, record)
     groups, lane = transport.groups, transport.lane
     transport.connect(
-        (backend_of(config, name), name, members, interface)
-        for name, members in group_members(topology, tied)
+        Wanted(backend_of(config, name), name, members, network.of(name))
+        for name, members in group_members(topology, tied, config.document_mask)
         if rank in members
     )
+    # NCCL's sockets are bound to the interface by NCCL itself, and need not be what carries its bytes.
+    if gloo := [group for name, group in groups.items() if backend_of(config, name) == "gloo"]:
+        networks = meeting.exchange("network", network_here(), config.join_timeout)
+        verify_interfaces(gloo, networks, config.join_timeout, meeting.liveness.check)
     codec, timeout_s = RawCodec(), config.wire_timeout
 
     def sender(name: str, to: int, lane_name: str) -> Sender:
@@ -115,8 +129,14 @@ def connect(
         labels_to={
             r: sender(f"labels→{r}", r, f"labels→{r}") for r in topology.peers(topology.stages - 1) if rank == 0 != r
         },
+        positions_to={
+            r: sender(f"positions→{r}", r, f"positions→{r}")
+            for r in range(1, topology.world)
+            if config.document_mask and rank == 0
+        },
         tokens_from=receiver(f"tokens→{rank}", 0, "tokens", host) if f"tokens→{rank}" in groups else None,
         labels_from=receiver(f"labels→{rank}", 0, "labels", host) if f"labels→{rank}" in groups else None,
+        positions_from=receiver(f"positions→{rank}", 0, "positions", host) if f"positions→{rank}" in groups else None,
     )
     return Wires(
         edges,

@@ -3,6 +3,7 @@ NCCL and what they do when it does not answer. What NCCL itself does is for the 
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from farspan.comm.codec import RawCodec
 from farspan.comm.errors import InterfaceError, LinkTimeout, RemoteFailure, WireError
 from farspan.comm.lane import ThreadLane
 from farspan.comm.link import Receiver, Sender
+from farspan.comm.nccl import _TYPES as TYPES
 from farspan.comm.nccl import NcclGroup, bind, id_from_text, id_to_text, load
 from farspan.comm.watchdog import Watchdog
 from peers import Peer, Told, error_of, play
@@ -128,6 +130,27 @@ def test_ids_travel_as_text_between_versions(monkeypatch: pytest.MonkeyPatch) ->
         cupy.__version__ = version  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         assert id_from_text(id_to_text(unique)) == expected
+
+
+def test_the_stand_in_has_the_calls_of_cupy() -> None:
+    """Where cupy and an NCCL are installed: no GPU is needed to look."""
+    nccl = pytest.importorskip("cupy.cuda.nccl", exc_type=ImportError)
+    if not nccl.available:
+        pytest.skip("cupy finds no NCCL")
+    for name in (
+        "send", "recv", "allReduce", "bcast", "allGather", "check_async_error", "abort", "destroy",
+    ):  # fmt: skip
+        told = getattr(nccl.NcclCommunicator, name).__doc__.partition("\n")[0]
+        real = [word.split()[-1] for word in told.partition("(")[2].partition(")")[0].split(",")]
+        assert real == list(inspect.signature(getattr(fake_nccl.NcclCommunicator, name)).parameters), name
+    assert callable(nccl.groupStart)
+    assert callable(nccl.groupEnd)
+    assert id_from_text(id_to_text(nccl.get_unique_id())) is not None
+    assert nccl.NcclError(6).status == 6
+    names = {"INT8": torch.int8, "UINT8": torch.uint8, "INT32": torch.int32, "INT64": torch.int64}
+    names |= {"FLOAT16": torch.float16, "FLOAT32": torch.float32, "FLOAT64": torch.float64, "BFLOAT16": torch.bfloat16}
+    assert {dtype: getattr(nccl, f"NCCL_{name}") for name, dtype in names.items()} == TYPES
+    assert nccl.NCCL_SUM == 0
 
 
 OPERATIONS = ("receiving x", "summing x", "scattering x", "gathering x", "spreading x", "barrier")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from farspan.comm.errors import InterfaceError, RemoteFailure, WireError
-from farspan.comm.transport import Transport
+from farspan.comm.transport import Transport, Wanted
 from peers import Peer, play
 
 
@@ -34,7 +34,7 @@ def transport(me: Peer, timeout_s: float) -> Transport:
 def other_way_round(me: Peer) -> dict[str, float]:
     made = transport(me, 20.0)
     names = ["a", "b", "c"] if me.rank == 0 else ["c", "b", "a"]
-    made.connect(("gloo", name, (0, 1), "lo") for name in names)
+    made.connect(Wanted("gloo", name, (0, 1), "lo") for name in names)
     sums = {}
     for name, group in sorted(made.groups.items()):
         x = torch.tensor([float(me.rank + 1)])
@@ -52,7 +52,7 @@ def test_no_order_of_groups_makes_ranks_wait_in_a_circle(tmp_path: Path) -> None
 def one_fails(me: Peer) -> str:
     made = transport(me, 600.0)
     try:
-        made.connect([("gloo", "the other never comes", (0, 1), "lo"), ("gloo", "bad", (0, 1), "none0")])
+        made.connect(Wanted("gloo", name, (0, 1), where) for name, where in (("lonely", "lo"), ("bad", "none0")))
     except (RemoteFailure, InterfaceError) as error:
         return str(error)
     raise WireError("it went well")

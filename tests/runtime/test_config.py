@@ -47,7 +47,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
     [
         ("--no-such 1", "unknown flag --no-such"),
         ("--learning-rate 1", "unknown flag --learning-rate"),
-        ("--check", "unknown flag --check"),  # no abbreviations either
+        ("--checkp c", "unknown flag --checkp"),  # no abbreviations either
         ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
         ("--bucket-mb 0", "--bucket-mb 0.0 must be more than 0"),
         ("--optimizer 8bit-adam --dp-mode zero1", "--optimizer 8bit-adam has one scale for 256 elements"),
@@ -65,6 +65,12 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
             "--dp-backend nccl works on CUDA devices alone, and --use-cuda is false",
         ),
         ("--dist-backend cupy_nccl --use-cuda false", "--dist-backend cupy_nccl works on CUDA devices alone"),
+        ("--heartbeat-period 0", "--heartbeat-period 0.0 must be more than 0 seconds"),
+        ("--heartbeat-patience 1", "--heartbeat-patience 1.0 must be at least 3.0: 2 seconds, and 3 × --heartbeat-per"),
+        ("--heartbeat-period 0.1 --heartbeat-patience 1", "--heartbeat-patience 1.0 must be at least 2.0: 2 seconds"),
+        ("--heartbeat-period 5", "--heartbeat-patience 10.0 must be at least 15.0: 2 seconds, and 3 × --heartbeat-per"),
+        ("--join-timeout 0", "--join-timeout 0.0 must be more than 0 seconds"),
+        ("--wire-timeout nan", "--wire-timeout nan must be more than 0 seconds"),
         ("--lr -1", "--lr -1.0 must not be negative"),
         ("--seq-length 1", "--seq-length 1 must be at least 2"),
         ("--train-log-backend print,csv", "--train-log-backend 'csv' is none of print, wandb, tensorboard"),
@@ -105,6 +111,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--task-config t.json", "--task-name and --task-config say the same thing"),
         ("--data-workers -1", "--data-workers -1 must not be negative"),
         ("--rows ragged", "--rows"),
+        ("--document-mask --rows padded", "--document-mask means nothing to --rows padded"),
         ("--bos maybe", "--bos"),
         ("--eos maybe", "--eos"),
         ("--bad-lines ignore", "--bad-lines"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import Run, read_metrics
+from launch import Ended, Run, read_metrics
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,12 +33,18 @@ def own_host(rank: int) -> None:
     os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     os.environ["NCCL_MAX_CTAS"] = "2"
+    os.environ["NCCL_DEBUG"] = "WARN"  # so that a failed test shows why
 
 
 def gpu_run(stages: int, replicas: int, flags: dict[str, Any], **options: Any) -> Run:  # noqa: ANN401
     """All ranks on the one device."""
     faults = {rank: partial(own_host, rank) for rank in range(stages * replicas)}
     return Run(stages, replicas, {"use_cuda": "true", "cuda_id": 0, **flags}, faults=faults, **options)
+
+
+def last_line(end: Ended) -> str:
+    """farspan's own; NCCL's warnings may stand around it."""
+    return next(line for line in reversed(end.err.splitlines()) if line.startswith("farspan: "))
 
 
 def curve(folder: Path) -> list[float]:

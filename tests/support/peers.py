@@ -71,8 +71,11 @@ def play(
     *,
     dying: Collection[int] = (),
     deadline_s: float = 90.0,
+    places: dict[int, Callable[[], None]] | None = None,
 ) -> dict[int, Any]:
     """Run `scenario`, a function at the top of its file, once in a process for each of `ranks`; what each returned.
+
+    `places`: what a rank's process does first, to be somewhere else.
 
     Fails where a process raises, ends without an answer (but for the `dying`) or has not ended at the deadline.
     """
@@ -82,7 +85,8 @@ def play(
         for rank in ranks:
             pipes[rank], theirs = _context.Pipe(duplex=False)
             what = scenario.__code__.co_filename, scenario.__name__, rank, ranks, str(folder / "meeting")
-            processes[rank] = _context.Process(target=_act, args=(*what, theirs))
+            place = (places or {}).get(rank)
+            processes[rank] = _context.Process(target=_act, args=(*what, theirs, place))
             processes[rank].start()
             theirs.close()
         answers = {}
@@ -104,10 +108,20 @@ def play(
             process.join()
 
 
-def _act(file: str, name: str, rank: int, ranks: tuple[int, ...], meeting: str, pipe: Connection) -> None:
+def _act(
+    file: str,
+    name: str,
+    rank: int,
+    ranks: tuple[int, ...],
+    meeting: str,
+    pipe: Connection,
+    place: Callable[[], None] | None,
+) -> None:
     torch.set_num_threads(1)
     answer, trouble = None, ""
     try:
+        if place is not None:
+            place()
         spec = importlib.util.spec_from_file_location("scenarios", file)
         assert spec is not None
         assert spec.loader is not None

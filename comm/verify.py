@@ -1,0 +1,95 @@
+"""Did the bytes really take the interface that was named? The interfaces' own counters say so.
+
+Gloo listens at the named interface's address, and the peer's machine connects to that address by whatever route it has:
+two interfaces in one subnet, or a gateway on the other one, and the traffic goes elsewhere without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from .errors import InterfaceError
+from .group import Group
+from .lane import ThreadLane
+
+PROBE_BYTES = 8192
+"""To each member of a group: far more than what idles on a wire, and less than TCP sends before its first answer."""
+_LATE_S = 3.0
+"""Some drivers read their counters but once a second."""
+
+
+def network_here() -> str:
+    """A name for this host's network, as this process sees it: two with the same name talk through the loopback."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    host = boot.read_text().strip() if boot.exists() else os.uname().nodename
+    return f"{host} {os.readlink(space)}" if space.exists() else host
+
+
+def traffic() -> dict[str, tuple[int, int]]:
+    """Interface → bytes sent and received since the machine started."""
+    counters = psutil.net_io_counters(pernic=True, nowrap=False)
+    return {name: (seen.bytes_sent, seen.bytes_recv) for name, seen in counters.items()}
+
+
+def verify_interfaces(
+    groups: Sequence[Group],
+    networks: Sequence[str],
+    timeout_s: float,
+    check: Callable[[], None],
+    late_s: float = _LATE_S,
+) -> dict[str, int]:
+    """Send a probe over each of this rank's `groups`, all at once; all members must call this with all their groups.
+
+    `networks` has every rank's `network_here()`. Between ranks of one, bytes take the loopback whatever was named, and
+    nothing can be verified. Returns interface → bytes of probes that it was seen to carry. Raises `InterfaceError`,
+    naming the interface that carried them instead.
+    """
+    remote = {g.name: sum(networks[m] != networks[g.rank] for m in g.members) * PROBE_BYTES for g in groups}
+    due: dict[str, int] = {}
+    for group in groups:
+        if remote[group.name]:
+            due[group.interface] = due.get(group.interface, 0) + remote[group.name]
+    before = traffic()
+    lanes = [ThreadLane(f"probe of {group.name}", check=check) for group in groups]
+    tickets = [lane.submit(_probe(group, timeout_s)) for lane, group in zip(lanes, groups, strict=True)]
+    for ticket in tickets:
+        ticket.get()
+    for lane in lanes:
+        lane.close()
+    deadline = time.monotonic() + late_s
+    while True:
+        after = traffic()
+        grown = {
+            name: [after[name][way] - seen[way] for way in (0, 1)] for name, seen in before.items() if name in after
+        }
+        short = [name for name, size in due.items() if min(grown.get(name, [0])) < size]
+        if not short:
+            return due
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    name, rank = short[0], groups[0].rank
+    lost = [group.name for group in groups if group.interface == name and remote[group.name]]
+    others = sorted((n for n in grown if n not in due and n != "lo"), key=lambda n: -max(grown[n]))
+    others += [n for n in due if n not in short]  # another of the named ones may have carried these as well
+    instead = next((n for n in others if max(grown[n]) - due.get(n, 0) >= due[name]), None)
+    raise InterfaceError(
+        f"rank {rank}: {due[name]} bytes of probes for {', '.join(lost)} should have gone over {name}, which sent "
+        f"{grown[name][0]} and received {grown[name][1]}; "
+        + (f"they went over {instead}" if instead else "no other interface carried them either")
+        + f": see `ip route get` for the peers' addresses here and on their hosts, or name {instead or 'another'}"
+    )
+
+
+def _probe(group: Group, timeout_s: float) -> Callable[[], None]:
+    def probe() -> None:
+        x = torch.zeros(group.size * PROBE_BYTES, dtype=torch.uint8)
+        group.all_gather(x, timeout_s=timeout_s, operation="probing the interface")
+
+    return probe

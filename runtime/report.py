@@ -1,0 +1,119 @@
+"""What `--check` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..comm.probe import EdgeFigures
+from ..comm.topology import Topology
+from ..pipeline.step_time import StepTime
+from .config import Config
+from .measure import CONNECTIONS, Edge
+
+_PARTS = ("weights", "masters", "gradients", "moments", "activations", "work", "messages", "heap")
+
+
+def report(
+    config: Config,
+    topology: Topology,
+    ranks: Sequence[dict[str, Any]],
+    figures: Sequence[tuple[Edge, EdgeFigures]],
+    found: Sequence[dict[str, Any]],
+    step: StepTime | None,
+    problems: Sequence[str],
+) -> str:
+    """Tables of the network, the memory and the weights, the simulated step, and the verdict."""
+    lines = ["", "network"]
+    rows = [["edge", "for", "round trip", "1 connection", f"{CONNECTIONS} connections", "a step's message"]]
+    for edge, seen in figures:
+        message = f"{1e3 * (seen.burst_s[-1] + seen.turn_s):.1f} ms" if seen.burst_s else ""
+        if seen.burst_s:
+            message = f"{seen.message_bytes / 2**20:.2f} MiB, {message}"
+        rates = (f"{8e-6 * rate:.1f} Mbit/s" for rate in (seen.one_rate, seen.many_rate))
+        rows.append([f"{edge.source}→{edge.target}", edge.kind, f"{1e3 * seen.round_trip_s:.1f} ms", *rates, message])
+    lines += _table(rows) if len(rows) > 1 else ["  one process: none is needed"]
+
+    lines += ["", "memory, GiB"]
+    rows = [["rank", "stage", *_PARTS, "together", "free"]]
+    for rank, told in enumerate(ranks):
+        need, place = told["need"], topology.coord(rank)
+        total = sum(need[part] for part in _PARTS)
+        free = " + ".join(f"{free / 2**30:.1f} ({pool.split(' ')[0]})" for pool, (free, _) in told["pools"].items())
+        rows.append(
+            [str(rank), f"{place.stage}: {told['what']}", *(_gib(need[part]) for part in _PARTS), _gib(total), free]
+        )
+    lines += _table(rows)
+    lines += [
+        "  beside what a process holds before it loads a model. activations: of the micro-batches alive at once; work:",
+        "  what comes and goes; heap: malloc's holes, on a CPU. Ranks of one host or GPU share what is free",
+    ]
+
+    lines += ["", "weights"]
+    rows = [["rank", "files", "GiB", "digests"]]
+    for rank, told in enumerate(ranks):
+        files = told["files"]
+        how = "as SHA256SUMS says" if files["known"] else "no SHA256SUMS: compared between ranks alone"
+        rows.append(
+            [
+                str(rank),
+                str(files["count"]),
+                _gib(files["size"]),
+                f"{len(files['problems'])} wrong" if files["problems"] else how,
+            ]
+        )
+    lines += _table(rows) if config.load_pretrained_model else ["  random, from --seed"]
+
+    lines += ["", "computing, for a micro-batch"]
+    if step is not None:
+        rows = [["rank", "forward", "backward", "sum over replicas", "optimizer, an update"]]
+        for rank, each in enumerate(found):
+            layers = each["layers"]
+            summed = sum(each["sums"]["buckets"])
+            rows.append(
+                [
+                    str(rank),
+                    *(f"{1e3 * layers[k]:.1f} ms" for k in ("forward", "backward")),
+                    f"{1e3 * summed:.1f} ms",
+                    f"{1e3 * layers['update']:.1f} ms",
+                ]
+            )
+        lines += _table(rows)
+        tokens = config.gradient_accumulate_step * topology.replicas * config.batch_size * config.seq_length
+        pace = f"{tokens / step.seconds:.0f} tokens/s, bubble {step.bubble:.0%}"
+        lines += [
+            "",
+            f"an update: {step.seconds:.2f} s simulated, {pace}",
+            f"  pipeline {step.pipeline:.2f} s, sums not hidden behind it {step.sums:.2f} s, vote {step.vote:.2f} s, "
+            f"optimizer {step.optimizer:.2f} s; the data, beside these, {step.feed:.2f} s",
+        ]
+        if config.total_steps:
+            hours = _hours(config.updates * step.seconds)
+            lines.append(f"the run: {config.updates} updates, {hours} without evaluations and checkpoints")
+    else:
+        lines += ["  not measured: see below"]
+    lines += [
+        "",
+        "verdict: good" if not problems else "verdict: do not start this run",
+        *(f"  {p}" for p in problems),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    gib = size / 2**30
+    return f"{gib:.1f}" if gib >= 10 else f"{gib:.2f}" if gib >= 0.1 else f"{gib:.4f}"
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
