@@ -55,7 +55,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 def prepare(folder: Path, layers: int, width: int) -> None:
     """A GPT-NeoX and a task."""
-    shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": 4, "intermediate_size": 4 * width}
+    shape = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * width,
+    }
     spec = ModelSpec.from_config(
         {"model_type": "gpt_neox", **shape, "vocab_size": 2048, "max_position_embeddings": 256, "rotary_pct": 0.25}
     )

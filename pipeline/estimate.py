@@ -18,15 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..comm.lane import Ticket
-from ..modules.layers import hf_names
 from ..modules.spec import ModelSpec
 from .executor import Batch, Edges, Executor
 from .gradients import Gradients
 from .schedule import Action, Op, Row, live_activations
 from .stage import Stage
 
-HEAP_SHARE = 0.2
-"""On a CPU: what malloc holds beyond what is in use, holes that fit nothing; 6 to 35 % were seen (glibc 2.36)."""
+HEAP_SHARE = 0.17
+"""On a CPU: what malloc holds beyond what is in use, holes that fit nothing; 4 to 35 % were seen (glibc 2.36)."""
 _MOMENTS = {"adamw": 8.0, "adam": 8.0, "8bit-adam": 2 + 8 / 256}  # bytes a parameter
 
 
@@ -141,12 +140,15 @@ def estimate(
     one, two = (_rehearse(spec, units, mbs, rows, length, dtype, device, recompute) for mbs in (1, 2))
     stage_bytes, kept = one[0], two[1] - one[1]
     stage = Stage(spec, units, dtype=dtype, device=torch.device("meta"))
-    elements = sum(t.parameter.numel() for t in stage.tensors())
+    sizes = [t.parameter.numel() for t in stage.tensors()]
+    elements, work = sum(sizes), one[1] - kept
+    if dtype != torch.float32:  # a gradient, and its fp32 copy on the way to its sum, which no tracker sees
+        work = max(work, (dtype.itemsize + 4) * max(sizes))
     apart = dtype != torch.float32 or offload
     message = rows * length * spec.width * dtype.itemsize
     ends = (units.start > 0) + (units.stop < spec.unit_count)
     masters, moments = (int(x * elements / shards) for x in (4 * apart, _MOMENTS[optimizer]))
-    held = (stage_bytes, masters, 4 * elements, moments, live * kept, one[1] - kept, 4 * ends * message)
+    held = (stage_bytes, masters, 4 * elements, moments, live * kept, work, 4 * ends * message)
     return Estimate(*held, int(HEAP_SHARE * sum(held)) if device.type == "cpu" else 0, offload)
 
 
@@ -164,8 +166,7 @@ def _rehearse(
     from torch._subclasses.fake_tensor import FakeTensorMode  # late: it costs a second
 
     stage = Stage(spec, units, dtype=dtype, device=torch.device("meta"), recompute=recompute)
-    for unit in units:
-        hf_names(spec, unit)  # fills a cache, for which modules are made that cannot be fake
+    list(stage.tensors())  # fills a cache of shapes, for which modules are made that cannot be fake
     with FakeTensorMode(), Tracker() as tracker:
         stage.device = device
         real: dict[int, nn.Parameter] = {}

@@ -25,7 +25,7 @@ from .config import Config
 from .optim import Optimizer
 
 CONNECTIONS = 4
-_ROUNDS, _LONG_ENOUGH_S = 3, 1.0
+_ROUNDS, _LONG_ENOUGH_S = 3, 2.0
 _SAMPLE_S = 1.0
 """A sum over replicas that would take longer is measured by a smaller one."""
 
