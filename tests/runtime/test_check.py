@@ -19,6 +19,7 @@ from farspan.runtime.check import file_problems, memory_problems
 from farspan.runtime.config import Config
 from farspan.runtime.measure import edges_of, in_rounds
 from launch import Run
+from tiny import make_model
 
 Flags = Callable[..., dict[str, Any]]
 
@@ -61,6 +62,20 @@ def test_a_good_grid_is_told_so(flags: Flags, shards: Path, tmp_path: Path) -> N
     assert "the run: 3 updates, " in said
     assert re.search(r"^verdict: good$", said, re.M)
     assert sorted(path.name for path in (tmp_path / "ck").iterdir()) == [f"rank{rank}.err" for rank in range(4)]
+
+
+def test_every_kind_of_sum_is_measured(flags: Flags, tmp_path: Path) -> None:
+    tied = make_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    told = flags(
+        model_name=tied, check=True, dp_mode="zero1", bf16=True, pp_mode="1f1b", recompute="block", bucket_mb=0.02,
+        optimizer="adam", nepochs=1, total_steps=None,
+    )  # fmt: skip
+    with Run(2, 2, told, faults=dict.fromkeys(range(4), be_quick)) as run:
+        run.succeed()
+        said = run.err(0)
+    assert re.search(r"^an update: [\d.]+ s simulated", said, re.M)
+    assert "the run:" not in said  # its length is counted when it starts
+    assert re.search(r"^  0 +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms$", said, re.M)
 
 
 def test_one_process_has_no_network(flags: Flags) -> None:
