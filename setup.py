@@ -12,12 +12,15 @@ setup(
         "transformers>=5",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "orjson>=3.10",
         "psutil>=5.9",
         "tqdm>=4.66",
     ],
     extras_require={
         "wandb": ["wandb>=0.20"],
         "8bit": ["bitsandbytes>=0.45"],
+        "cuda12": ["cupy-cuda12x>=13"],
+        "cuda13": ["cupy-cuda13x>=13"],
         "data": ["datasets>=4", "zstandard>=0.22"],
         "watching": ["wandb>=0.20", "tensorboard>=2.18", "matplotlib>=3.9"],
         "dev": [

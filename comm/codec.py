@@ -16,16 +16,16 @@ class Codec(Protocol):
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int: ...
 
     def encode(self, x: Tensor) -> Tensor:
-        """Any tensor → [nbytes] uint8 in host memory."""
+        """Any tensor → [nbytes] uint8 on its device."""
         ...
 
     def decode(self, wire: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[nbytes] uint8 in host memory → `shape` of `dtype` on `device`."""
+        """[nbytes] uint8 → `shape` of `dtype` on `device`."""
         ...
 
 
 class RawCodec:
-    """The tensor's own bytes; on CPU without a copy."""
+    """The tensor's own bytes, without a copy where it is contiguous."""
 
     name = "raw"
 
@@ -36,7 +36,7 @@ class RawCodec:
         return count * dtype.itemsize
 
     def encode(self, x: Tensor) -> Tensor:
-        return x.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
     def decode(self, wire: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return wire.view(dtype).view(shape).to(device)

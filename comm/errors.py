@@ -1,4 +1,4 @@
-"""What can go wrong on a wire. Each message is one line and names rank, peer, interface, operation and seconds."""
+"""What can go wrong on a wire. Each message is one line: rank, peer, interface, operation, seconds, and what to try."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ class WireError(RuntimeError):
 
 class _OperationError(WireError):
     what = "failed"
+    advice = ""
 
     def __init__(
         self,
@@ -24,7 +25,8 @@ class _OperationError(WireError):
         self.operation, self.seconds, self.detail = operation, seconds, detail
         who = "a peer" if peer is None else f"rank {peer}"
         line = f"rank {rank}: {self.what.format(who=who)} (interface {interface}, {operation}, after {seconds:.1f} s)"
-        super().__init__(f"{line}: {detail}" if detail else line)
+        advice = self.advice.format(who=who, whose="its" if peer is None else f"rank {peer}'s", interface=interface)
+        super().__init__(": ".join(part for part in (line, detail, advice) if part))
 
     def blaming(self, peer: int) -> _OperationError:
         """The same error, once it is known which peer it was."""
@@ -42,12 +44,26 @@ class PeerLost(_OperationError):
     """A peer's process or its connection is gone."""
 
     what = "lost {who}"
+    advice = "see {whose} last line and its host's log for why; start all ranks again, and they resume"
+
+
+class PeerSilent(PeerLost):
+    """Nothing was heard of a peer for the patience: its process is stopped, or its host or the way there is gone."""
+
+    what = "no sign of life from {who}"
+    advice = (
+        "is its process stopped, its host down, or a firewall on the way over {interface}? Try ping, then start all "
+        "ranks again, and they resume"
+    )
 
 
 class LinkTimeout(_OperationError):
     """A peer is there, as far as known, but an operation passed its deadline."""
 
     what = "timed out waiting for {who}"
+    advice = (
+        "where {who} or the link over {interface} is only slow, give a longer --wire-timeout (--join-timeout to start)"
+    )
 
 
 class Mismatch(WireError):
@@ -68,3 +84,9 @@ class InterfaceError(WireError):
 
 class RemoteFailure(WireError):
     """Another rank failed first; carries that rank's own line."""
+
+
+def line_of(rank: int, error: BaseException) -> str:
+    """What a person reads of `error`: it always says which rank speaks."""
+    line = str(error)
+    return line if line.startswith("rank ") else f"rank {rank}: {line}"

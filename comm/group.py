@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -10,14 +11,18 @@ from torch import Tensor
 class Group(Protocol):
     """Some ranks that talk over one interface. Peers are named by their global rank.
 
-    Every call blocks until it is done, and raises `PeerLost` or `LinkTimeout` at the latest after `timeout_s` seconds.
+    Every call blocks until it is done, and raises `PeerLost` or `LinkTimeout` at the latest after `timeout_s` seconds;
+    where the library works on a CUDA stream, it only queues the work there, and a watchdog has the deadline.
     After an error the group is dead: every further call fails at once.
+    Tensors are contiguous, and lie in host memory or on the process's device.
     """
 
     name: str
     rank: int
     members: tuple[int, ...]
     interface: str
+    ahead: int
+    """How many receives may be posted before anyone needs their results."""
 
     @property
     def size(self) -> int: ...
@@ -25,6 +30,11 @@ class Group(Protocol):
     def send(self, x: Tensor, to: int, *, timeout_s: float, operation: str = "send") -> None: ...
 
     def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None: ...
+
+    def post(self, out: Tensor, source: int, *, operation: str = "receive") -> Callable[[float], None]:
+        """Ask for the next message ahead of time, into `out` in host memory, where `ahead` is not 0. The call of what
+        is returned waits for it, for so many seconds; waits come in the order of the posts."""
+        ...
 
     def all_reduce(self, x: Tensor, *, timeout_s: float, operation: str = "all-reduce") -> None:
         """Sums `x` over the group, in place; every member ends with the same bits."""
@@ -44,3 +54,12 @@ class Group(Protocol):
     def barrier(self, *, timeout_s: float, operation: str = "barrier") -> None: ...
 
     def close(self) -> None: ...
+
+
+def add_in_order(places: Tensor, arrived: Tensor, own: int) -> None:
+    """The end of a reduce-scatter: `places[own]` [n] becomes its sum with `arrived[m]` of all others m, in the members'
+    order. Both [size × n]; `arrived[own]` is free."""
+    arrived[own] = places[own]
+    places[own] = arrived[0]
+    for other in arrived[1:]:
+        places[own] += other

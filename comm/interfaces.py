@@ -23,9 +23,10 @@ class Interface:
 
 def interfaces() -> dict[str, Interface]:
     """All interfaces of this machine, by name."""
-    stats = psutil.net_if_stats()
+    stats, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
     found = {}
-    for name, entries in psutil.net_if_addrs().items():
+    for name in dict.fromkeys([*addresses, *stats]):  # what has no address at all is in `stats` alone
+        entries = addresses.get(name, [])
         v4 = [e.address for e in entries if e.family == socket.AF_INET]
         v6 = [e.address.split("%")[0] for e in entries if e.family == socket.AF_INET6]
         state = stats.get(name)
@@ -40,7 +41,7 @@ def _inventory(found: dict[str, Interface]) -> str:
 def interface(name: str) -> Interface:
     """The interface called `name`. Raises `InterfaceError` where it is absent, down, or has no address."""
     found = interfaces()
-    here = f"this machine has: {_inventory(found)}"
+    here = f"name one that reaches the others; this machine has: {_inventory(found)}"
     if name not in found:
         raise InterfaceError(f"no interface {name} here; {here}")
     if not found[name].addresses:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from torch import Tensor
+
 Recorder = Callable[[str, str, float, float], None]
 """Takes lane, name, start and end of one piece of work; seconds of `time.perf_counter`."""
 
@@ -39,8 +41,9 @@ class Lane(Protocol):
 
     name: str
 
-    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "") -> Ticket:
-        """Queue `fn`, to run when the tickets in `after` are done."""
+    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
+        """Queue `fn`, to run when the tickets in `after` are done. `uses`: a tensor that it reads, whose memory is kept
+        until then though the submitter lets go of it."""
         ...
 
     def close(self) -> None: ...
@@ -63,8 +66,8 @@ class ThreadLane:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "") -> Ticket:
-        ticket = Ticket(self._check)
+    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
+        ticket = Ticket(self._check)  # `fn` holds what it uses
         self._queue.put((fn, after, label, ticket))
         return ticket
 

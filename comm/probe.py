@@ -14,7 +14,7 @@ import torch
 from .codec import RawCodec
 from .group import Group
 from .lane import Lane
-from .link import Receiver, Sender
+from .link import WINDOW, Receiver, Sender
 
 _ROUNDS = 5
 _FIRST, _MOST = 1 << 16, 1 << 26  # bytes of the first and of the largest stream
@@ -126,7 +126,10 @@ class Probe:
 
     def _answer_burst(self) -> None:
         size, count = map(int, self._hear(self.there, 2))
-        receiver = Receiver(self.there, self.source, RawCodec(), self.lanes[0], self.timeout_s, device=_HOST)
+        receiver = Receiver(
+            self.there, self.source, RawCodec(), self.lanes[0], self.timeout_s, device=_HOST, depth=self.there.ahead,
+            window=WINDOW,
+        )  # fmt: skip
         receiver.expect(count, (size,), torch.uint8)
         self._say(self.back, 0.0)
         arrivals = []

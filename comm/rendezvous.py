@@ -5,19 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import socket
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .liveness import Liveness
-from .store import StoreClient, StoreServer
-
-_ANSWER_S = 10.0
-"""How long a store that accepts connections may take to answer."""
+from .store import KeysMissing, StoreClient, StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -38,6 +33,7 @@ class Rendezvous:
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
     translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
     Connections to the store leave by `leave_by` [by the route].
+    `heartbeat_s`: period and patience of `Liveness`.
     """
 
     def __init__(
@@ -51,6 +47,7 @@ class Rendezvous:
         secret: bytes = b"",
         via: Interface | None = None,
         leave_by: Interface | None = None,
+        heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
@@ -63,30 +60,34 @@ class Rendezvous:
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
-        watch = StoreClient(host, port, rank, secret, _ANSWER_S, leave_by)
-        self.liveness = Liveness(watch, rank, world, self.where, on_hopeless)
+        period_s, patience_s = heartbeat_s
+        watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
+        name = via.name if via is not None else ""
+        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
+        # News of a failure ends every wait for the store, also Gloo's while it connects.
+        self.store.wait_while(self._patient, min(period_s, 0.5))
         if twice:
-            raise self.failed(Mismatch(f"two processes were started with --rank {rank}"))
+            raise self.failed(
+                Mismatch(f"two processes were started with --rank {rank}; see your hosts' launch scripts")
+            )
+
+    def _patient(self, overdue_s: float) -> bool:
+        self.liveness.check()
+        return overdue_s <= self.timeout_s
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
         """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
         timeout_s = timeout_s or self.timeout_s
-        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.store.wait(keys, timedelta(seconds=0.5))
-                break
-            except TimeoutError as error:
-                self.liveness.check()
-                if time.monotonic() > deadline:
-                    missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
-                    raise RendezvousError(
-                        f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
-                        f"at {self.where} ({topic}); were all {self.world} ranks started?"
-                    ) from error
-        return [json.loads(text) for text in self.store.multi_get(keys)]
+        try:
+            texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, self.liveness.check)
+        except KeysMissing as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if key in error.keys]
+            raise RendezvousError(
+                f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
+                f"at {self.where} ({topic}); were all {self.world} ranks started?"
+            ) from error
+        return [json.loads(text) for text in texts]
 
     def agree(self, values: dict[str, str]) -> None:
         """Raises `Mismatch`, naming the flag and both values, unless every rank brings the same `values`."""
@@ -94,13 +95,16 @@ class Rendezvous:
             for name in ranks[0].keys() | theirs.keys():
                 ours, other = ranks[0].get(name, "(absent)"), theirs.get(name, "(absent)")
                 if ours != other:
-                    raise Mismatch(f"{name} differs: rank 0 has {ours}, rank {rank} has {other}")
-        self.store.set("running", "")
+                    raise Mismatch(
+                        f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
+                    )
+        if self.rank == 0:
+            self.store.set("running", "")
 
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
         line = self.liveness.report(error)
-        self.liveness.linger(_ANSWER_S)
+        self.liveness.linger()
         return RemoteFailure(line)
 
     def close(self) -> None:

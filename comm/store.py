@@ -10,21 +10,25 @@ A connection begins with a proof both ways (HMAC-SHA256 over fresh nonces: the s
     client → server   rank (4 bytes), 16 random bytes c, HMAC(secret, "client" + s + c + rank)
     server → client   HMAC(secret, "server" + s + c), or it closes
 
-Then requests and answers in turn: length (4 bytes), a code (1 byte), fields (each with a length of 4 bytes).
+Then requests and answers: length (4 bytes), a code (1 byte), fields (each with a length of 4 bytes). The first field is
+a number by which the client knows the answer to its request: a request may wait for a key while others are answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
+import itertools
 import logging
 import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from datetime import timedelta
 
 from torch.distributed import Store
@@ -40,9 +44,19 @@ UNPROVEN = 1024
 """How many connections may be proving themselves at once; further ones wait in the kernel's queue."""
 LARGEST = 64 * 2**20
 """Bytes of the largest request or answer."""
+GONE = "gone"
+"""The key under which stand the ranks, by commas, whose beating connection closed without a farewell (`bye/RANK`)."""
 SET, GET, ADD, CHECK, WAIT, COMPARE_SET, DONE, TIMEOUT = range(8)
 
 log = logging.getLogger("farspan")
+
+
+class KeysMissing(TimeoutError):
+    """Some `keys` were not set in time."""
+
+    def __init__(self, rank: int, keys: list[str], seconds: float) -> None:
+        super().__init__(f"rank {rank}: no {', '.join(keys)} in {seconds:.0f} s")
+        self.keys = keys
 
 
 def proof(secret: bytes, role: bytes, *parts: bytes) -> bytes:
@@ -74,8 +88,8 @@ class StoreServer:
     def __init__(self, address: str, port: int, secret: bytes) -> None:
         self._secret = secret
         self._values: dict[str, bytes] = {}
+        self._awaited: dict[str, list[asyncio.Future[None]]] = {}
         self._loop = asyncio.new_event_loop()
-        self._changed = asyncio.Condition()
         self._proving = asyncio.Semaphore(UNPROVEN)
         self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, address, port, backlog=1024))
         self._thread = threading.Thread(target=self._loop.run_forever, name="store", daemon=True)
@@ -97,6 +111,8 @@ class StoreServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port, *_ = writer.get_extra_info("peername")
         who = f"{host}:{port}"
+        waiting: set[asyncio.Task] = set()
+        rank, beats = None, False
         try:
             async with self._proving, asyncio.timeout(PROOF_S):
                 rank = await self._prove(reader, writer)
@@ -107,15 +123,26 @@ class StoreServer:
                 (size,) = struct.unpack("!I", await reader.readexactly(4))
                 if not 1 <= size <= LARGEST:
                     raise ValueError(f"a request of {size} bytes")
-                code, fields = unpack(await reader.readexactly(size))
-                writer.write(await self._answer(code, fields))
-                await writer.drain()
+                code, (tag, *fields) = unpack(await reader.readexactly(size))
+                beats = beats or (code == ADD and fields[0] == f"beat/{rank}".encode())
+                if code in (GET, WAIT):
+                    timeout_s, keys = float(fields[0]), [f.decode() for f in fields[1:]]
+                    task = asyncio.create_task(self._answer_later(writer, code, tag, keys, timeout_s))
+                    waiting.add(task)
+                    task.add_done_callback(waiting.discard)
+                else:
+                    writer.write(pack(DONE, tag, self._answer(code, fields)))
+                    await writer.drain()
         except (TimeoutError, ValueError) as error:
             log.warning("refused %s: it does not speak as a rank of this run does (%s)", who, error or "too slow")
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            log.debug("%s left", who)  # whether that is a loss, the heartbeats tell
+            log.debug("%s left", who)
         finally:
+            for task in waiting:
+                task.cancel()
             writer.close()
+            if beats and f"bye/{rank}" not in self._values:
+                self._values[GONE] = b",".join(filter(None, (self._values.get(GONE), str(rank).encode())))
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
         """The rank at the other end, or None where it cannot prove that it knows the secret."""
@@ -134,41 +161,48 @@ class StoreServer:
         writer.write(proof(self._secret, b"server", ours, theirs))
         return int.from_bytes(rank)
 
-    async def _answer(self, code: int, fields: list[bytes]) -> bytes:
+    def _answer(self, code: int, fields: list[bytes]) -> bytes:
         values = self._values
         if code == CHECK:
-            return pack(DONE, b"1" if all(f.decode() in values for f in fields) else b"")
-        first = fields[0].decode()
-        if code == SET:
-            await self._put(first, fields[1])
-            return pack(DONE)
-        if code == ADD:
-            total = str(int(values.get(first, b"0")) + int(fields[1])).encode()
-            await self._put(first, total)
-            return pack(DONE, total)
-        if code == COMPARE_SET:
-            if values.get(first, b"") == fields[1]:
-                await self._put(first, fields[2])
-            return pack(DONE, values.get(first, b""))
-        if code not in (GET, WAIT):
+            return b"1" if all(f.decode() in values for f in fields) else b""
+        if code not in (SET, ADD, COMPARE_SET):
             raise ValueError(f"request {code}")
-        timeout_s, keys = float(first), [f.decode() for f in fields[1:]]
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: all(key in values for key in keys))
-        except TimeoutError:
-            return pack(TIMEOUT, *(key.encode() for key in keys if key not in values))
-        return pack(DONE, *(values[key] for key in keys)) if code == GET else pack(DONE)
+        first, value, *rest = fields
+        key = first.decode()
+        if code == COMPARE_SET:
+            expected, value = value, *rest
+            if values.get(key, b"") != expected:
+                return values.get(key, b"")
+        elif code == ADD:
+            value = str(int(values.get(key, b"0")) + int(value)).encode()
+        values[key] = value
+        for future in self._awaited.pop(key, ()):
+            if not future.done():
+                future.set_result(None)
+        return value
 
-    async def _put(self, key: str, value: bytes) -> None:
-        self._values[key] = value
-        async with self._changed:
-            self._changed.notify_all()
+    async def _answer_later(
+        self, writer: asyncio.StreamWriter, code: int, tag: bytes, keys: list[str], timeout_s: float
+    ) -> None:
+        """Answer when all keys are there, or the time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                for key in keys:
+                    if key not in self._values:
+                        future = self._loop.create_future()
+                        living = [other for other in self._awaited.get(key, ()) if not other.done()]
+                        self._awaited[key] = [*living, future]
+                        await future
+            answer = pack(DONE, tag, *(self._values[key] for key in keys if code == GET))
+        except TimeoutError:
+            answer = pack(TIMEOUT, tag, *(key.encode() for key in keys if key not in self._values))
+        writer.write(answer)
 
 
 class StoreClient(Store):
-    """One rank's connection; also the `Store` that Gloo's groups meet through. Calls from several threads take turns.
+    """One rank's connection; also the `Store` that Gloo's groups meet through.
 
+    Any number of threads may ask at once: none waits for the answer of another, so groups can be made side by side.
     It leaves by the interface `via` [by the route]. Connecting is tried until `timeout_s`. Raises `RendezvousError` if
     nobody answers, if whoever answers is no farspan store, or one with another secret; later, `StoreLost` when the
     connection is gone and `TimeoutError` for a key that did not come.
@@ -181,6 +215,11 @@ class StoreClient(Store):
         self.where = f"{host}:{port}"
         self._rank, self._timeout_s = rank, timeout_s
         self._lock = threading.Lock()
+        self._tags = itertools.count()
+        self._asked: dict[bytes, futures.Future[tuple[int, list[bytes]]]] = {}
+        self._gone: Exception | None = None
+        self._patient: Callable[[float], bool] = lambda seconds: seconds < timeout_s
+        self._look_s = 0.2
         self._socket = self._dial(host, port, via)
         try:
             self._prove(secret)
@@ -189,6 +228,11 @@ class StoreClient(Store):
                 f"rank {rank}: {self.where} does not answer as farspan's rank 0 does, or has another secret "
                 "(--secret-file); is another program, or another run, at --dist-url?"
             ) from error
+        # Waiting for an answer has a deadline of its own, and so must the sending of a request.
+        self._socket.settimeout(None)
+        limit = struct.pack("@ll", max(int(timeout_s), 1), 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        threading.Thread(target=self._listen, name="store answers", daemon=True).start()
 
     def _dial(self, host: str, port: int, via: Interface | None) -> socket.socket:
         deadline = time.monotonic() + self._timeout_s
@@ -207,7 +251,7 @@ class StoreClient(Store):
             time.sleep(0.2)
 
     def _prove(self, secret: bytes) -> None:
-        self._socket.settimeout(2 * PROOF_S)
+        self._socket.settimeout(PROOF_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._read(len(GREETING)) != GREETING:
             raise EOFError("another greeting")
@@ -225,18 +269,71 @@ class StoreClient(Store):
             data += part
         return data
 
-    def _ask(self, code: int, *fields: bytes, patience_s: float = 0.0) -> list[bytes]:
-        with self._lock:
-            self._socket.settimeout(patience_s + self._timeout_s)
-            try:
-                self._socket.sendall(pack(code, *fields))
+    def _listen(self) -> None:
+        """Hand out the answers, until the connection ends."""
+        try:
+            while True:
                 (size,) = struct.unpack("!I", self._read(4))
-                answer, values = unpack(self._read(size))
-            except (OSError, EOFError) as error:
-                raise StoreLost(f"rank {self._rank}: the store at {self.where} is gone: {error}") from error
-        if answer == TIMEOUT:
-            raise TimeoutError(f"rank {self._rank}: no {', '.join(v.decode() for v in values)} in {patience_s:.0f} s")
+                code, (tag, *values) = unpack(self._read(size))
+                self._asked.pop(tag).set_result((code, values))
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            with self._lock:
+                self._gone, asked = error, list(self._asked.values())
+            for future in asked:
+                future.set_exception(error)
+
+    def _post(self, code: int, *fields: bytes) -> futures.Future[tuple[int, list[bytes]]]:
+        """Send a request; its answer will come."""
+        future: futures.Future[tuple[int, list[bytes]]] = futures.Future()
+        with self._lock:
+            if self._gone is not None:
+                raise self._lost(self._gone) from self._gone
+            tag = next(self._tags).to_bytes(8)
+            self._asked[tag] = future
+            try:
+                self._socket.sendall(pack(code, tag, *fields))
+            except OSError as error:
+                raise self._lost(error) from error
+        return future
+
+    def _result(
+        self,
+        answer: futures.Future[tuple[int, list[bytes]]],
+        patience_s: float = 0.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[bytes]:
+        """What was answered; it may wait `patience_s` for keys."""
+        start = time.monotonic()
+        try:
+            while not futures.wait([answer], self._look_s).done:
+                check()
+                if not self._patient(time.monotonic() - start - patience_s):
+                    raise TimeoutError("no answer")
+            code, values = answer.result()
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise self._lost(error) from error
+        if code == TIMEOUT:
+            raise KeysMissing(self._rank, [value.decode() for value in values], patience_s)
         return values
+
+    def _lost(self, error: Exception) -> StoreLost:
+        return StoreLost(
+            f"rank {self._rank}: the store at {self.where} is gone: {error}; see rank 0's last line for why"
+        )
+
+    def _ask(self, code: int, *fields: bytes, patience_s: float = 0.0) -> list[bytes]:
+        return self._result(self._post(code, *fields), patience_s)
+
+    def trade(
+        self, key: str, value: str, keys: Sequence[str], timeout_s: float, check: Callable[[], None]
+    ) -> list[bytes]:
+        """Set `key` and get all `keys`, in one round trip from when the last is set. `check` is called now and then.
+
+        Raises `KeysMissing`, `StoreLost`, and whatever `check` does.
+        """
+        self._post(SET, key.encode(), value.encode())
+        answer = self._post(GET, str(timeout_s).encode(), *_encode(keys))
+        return self._result(answer, timeout_s, check)
 
     # The names and meanings are those of torch.distributed.Store, so that Gloo's groups can use it.
 
@@ -262,7 +359,22 @@ class StoreClient(Store):
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         return self._ask(COMPARE_SET, key.encode(), expected.encode(), desired.encode())[0]
 
+    def has_extended_api(self) -> bool:
+        return True  # that is, `multi_get`: one question for all members of a group
+
+    @property
+    def peer(self) -> tuple:
+        """The store's address, as this connection has it."""
+        return self._socket.getpeername()
+
+    def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
+        """From now on, an answer is waited for as long as `patient(seconds it is overdue)`, asked every `look_s`, is
+        true; it may raise. After either, the connection is of no use any more."""
+        self._patient, self._look_s = patient, look_s
+
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # the other side was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .loss import linear_cross_entropy_sum
-from .parts import Attention, Mlp, Rotary, make_norm
+from .parts import Attention, Documents, Mlp, Rotary, make_norm
 from .spec import ModelSpec
 
 
@@ -40,9 +40,9 @@ class Block(nn.Module):
         self.parallel = spec.parallel
         self.dropout = spec.residual_dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         normed = self.norm1(x)
-        attended = _dropped(self.attn(normed), self.dropout, self.training)
+        attended = _dropped(self.attn(normed, documents), self.dropout, self.training)
         if not self.parallel:
             x = x + attended
         if self.norm2 is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,19 @@ def make_norm(spec: ModelSpec) -> nn.Module:
     return norm(spec.width, eps=spec.norm_eps)
 
 
+class Documents(NamedTuple):
+    """What keeps the documents of packed rows apart; made once a micro-batch, for all blocks of a stage.
+
+    `mask` [b, 1, T, T] is added to the scores: 0 where a token sees one of its own document that is not later, −∞
+    elsewhere. (A mask of booleans would be turned into this one, and kept, by every block.) `cos` and `sin`
+    [b, T, 1, turning pairs] are of positions that begin at 0 in each document.
+    """
+
+    mask: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
 class Rotary:
     """Tables of cos and sin for positions 0…T−1, made once for all blocks of a process. Nothing here is trained."""
 
@@ -50,6 +63,16 @@ class Rotary:
                 self._tables[key] = (cos, sin)
         cos, sin = self._tables[key]
         return cos[:tokens], sin[:tokens]
+
+    def documents(self, positions: Tensor, dtype: torch.dtype) -> Documents:
+        """`positions` [b, T] int64: of each token in its document, as far as it lies in this row."""
+        tokens, device = positions.shape[1], positions.device
+        cos, sin = self.tables(tokens, device, dtype)
+        here = torch.arange(tokens, device=device)
+        first = here - positions  # where each token's document begins
+        seen = (here <= here[:, None]) & (here >= first[:, :, None])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        return Documents(mask[:, None], cos[positions], sin[positions])
 
     def _frequencies(self, tokens: int) -> tuple[Tensor, float]:
         """Inverse frequencies [turning pairs] and the factor on cos and sin."""
@@ -126,7 +149,10 @@ class _SplitRotate(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, [b, T, C] → [b, T, C], with q, k, v in three matrices or (GPT-NeoX) in one."""
+    """Causal self-attention, [b, T, C] → [b, T, C], with q, k, v in three matrices or (GPT-NeoX) in one.
+
+    Within the whole row, or within each of its `documents`.
+    """
 
     def __init__(self, spec: ModelSpec, rotary: Rotary) -> None:
         super().__init__()
@@ -145,25 +171,28 @@ class Attention(nn.Module):
         self.queries_per_kv = spec.heads // spec.kv_heads
         self.dropout = spec.attn_dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.transpose(1, 2) for y in self._turned(x))
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in self._turned(x, documents))
         grouped = self.queries_per_kv > 1
-        if grouped and q.is_cuda and q.dtype == torch.float32:
-            # CUDA's fp32 kernel does not know grouped heads; sdpa would fall back to writing out the T × T weights.
+        if grouped and q.is_cuda and (q.dtype == torch.float32 or documents is not None):
+            # CUDA's kernel for fp32 and for masks knows no grouped heads; sdpa would write out the T × T weights.
             k, v = k.repeat_interleave(self.queries_per_kv, 1), v.repeat_interleave(self.queries_per_kv, 1)
             grouped = False
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
+        mask = documents.mask if documents is not None else None
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
+        )
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _turned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _turned(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, T, H, D] and k [b, T, KV, D] with their positions, and v like k."""
         b, t, _ = x.shape
+        cos, sin = documents[1:] if documents is not None else self.rotary.tables(t, x.device, x.dtype)
         if self.fused:
             qkv = self.qkv(x).view(b, t, -1, 3, self.head_dim)
-            return _SplitRotate.apply(qkv, *self.rotary.tables(t, x.device, qkv.dtype), self.interleaved)
+            return _SplitRotate.apply(qkv, cos, sin, self.interleaved)
         q, k, v = (linear(x).view(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        cos, sin = self.rotary.tables(t, x.device, q.dtype)
         return _Rotate.apply(q, cos, sin, self.interleaved), _Rotate.apply(k, cos, sin, self.interleaved), v
 
 

@@ -129,15 +129,16 @@ def estimate(
     optimizer: str = "adamw",
     shards: int = 1,
     offload: bool = False,
+    documents: bool = False,
 ) -> Estimate:
     """Of a stage with `units` that walks `row` of its plan, in micro-batches of `rows` × `length` tokens.
 
     activations: what the micro-batches that are alive at once keep for their backward; work: what comes and goes beside
     it at the worst moment; messages: what arrives ahead, and waits to leave. `shards`: replicas that share masters and
-    moments (ZeRO-1).
+    moments (ZeRO-1). `documents`: those of a row do not see one another (--document-mask).
     """
     live = live_activations(row)
-    one, two = (_rehearse(spec, units, mbs, rows, length, dtype, device, recompute) for mbs in (1, 2))
+    one, two = (_rehearse(spec, units, mbs, rows, length, dtype, device, recompute, documents) for mbs in (1, 2))
     stage_bytes, kept = one[0], two[1] - one[1]
     stage = Stage(spec, units, dtype=dtype, device=torch.device("meta"))
     sizes = [t.parameter.numel() for t in stage.tensors()]
@@ -161,6 +162,7 @@ def _rehearse(
     dtype: torch.dtype,
     device: torch.device,
     recompute: str,
+    documents: bool,
 ) -> tuple[int, int]:
     """Bytes of the weights, and the most that so many live micro-batches hold beside weights and gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # late: it costs a second
@@ -180,7 +182,7 @@ def _rehearse(
         executor = Executor(stage, alone_row(stage, micro_batches), still_edges(stage), rows, length)
         tokens = torch.zeros(micro_batches * rows, length, dtype=torch.int64)
         before = tracker.peak = tracker.now
-        executor.step(Batch(tokens, tokens, 1))
+        executor.step(Batch(tokens, tokens, 1, tokens if documents else None))
         del gradients
         return weights, tracker.peak - before
 

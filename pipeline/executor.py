@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..comm.lane import Recorder, Ticket
 from ..comm.link import Receiver, Sender
+from ..comm.staging import to_device
 from .schedule import Op, Row, trains
 from .stage import Stage
 
@@ -19,12 +20,14 @@ class Batch:
     """One replica's share of an accumulation step. `tokens` is needed by a first stage, `labels` by a last one.
 
     Both are [rows, T] int64; labels are shifted already, −100 where there is no target. `valid` counts the targets of
-    the whole global batch: all replicas and all accumulation steps of the update.
+    the whole global batch: all replicas and all accumulation steps of the update. `positions` [rows, T] int64, of each
+    token in its document, are needed by every stage, or (where documents of a row see one another) by none.
     """
 
     tokens: Tensor | None
     labels: Tensor | None
     valid: int
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Executor:
         this is a last stage). `seed` names the step and the replica, for dropout. `scale` multiplies all gradients.
 
         The loop only ever waits for a message that it is about to use: sends leave by their own lanes, and receives
-        were posted at the start.
+        were posted at the start. On a CUDA device it is the stream that waits, and nothing here makes the host wait.
         """
         self._stage.train(self._trains)
         with torch.set_grad_enabled(self._trains):
@@ -73,7 +76,7 @@ class Executor:
         self._expect(Op.RECV_B, edges.from_next, "gradients")
         live: dict[int, tuple[Tensor, Tensor]] = {}
         arriving: dict[int, Ticket] = {}
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=stage.device if stage.is_last else "cpu")
         for action in self._row:
             op, _, mb = action
             match op:
@@ -86,9 +89,10 @@ class Executor:
                         x.requires_grad_()
                     start = time.perf_counter()
                     labels = self._rows(batch.labels, mb) if stage.is_last else None
-                    y = stage(x, seed * self._micro_batches + mb, labels)
+                    positions = self._rows(batch.positions, mb) if batch.positions is not None else None
+                    y = stage(x, seed * self._micro_batches + mb, labels, positions)
                     if stage.is_last:
-                        loss_sum += y.detach().double().cpu()
+                        loss_sum += y.detach().double()
                         y = y / batch.valid * scale
                     if self._trains or not stage.is_last:
                         live[mb] = x, y
@@ -124,7 +128,7 @@ class Executor:
 
     def _rows(self, x: Tensor | None, mb: int) -> Tensor:
         assert x is not None
-        return x[mb * self._micro_rows : (mb + 1) * self._micro_rows].to(self._stage.device)
+        return to_device(x[mb * self._micro_rows : (mb + 1) * self._micro_rows], self._stage.device)
 
     def _span(self, lane: str, name: str, start: float) -> None:
         if self._record is not None:

@@ -57,7 +57,9 @@ class Replicas:
                 self._sum(bucket)
         if self._tied is not None:
             assert self._tie is not None
-            _all_reduce(self._tie, self._tied, self._timeout_s, "summing the tied embedding's gradient")
+            self._tie.all_reduce(
+                self._tied, timeout_s=self._timeout_s, operation="summing the tied embedding's gradient"
+            )
         for bucket in self._left:
             if bucket in self._held:
                 self._sum(bucket)
@@ -67,11 +69,9 @@ class Replicas:
         """`weights`, laid out as the flat gradients, has this replica's shard: fill in the others'."""
         assert self._peers is not None
         for start, stop in self._gradients.buckets:
-            bucket = weights[start:stop]
-            host = bucket.cpu()
-            self._peers.all_gather(host, timeout_s=self._timeout_s, operation="spreading weights over replicas")
-            if host is not bucket:
-                bucket.copy_(host)
+            self._peers.all_gather(
+                weights[start:stop], timeout_s=self._timeout_s, operation="spreading weights over replicas"
+            )
 
     def complete(self, index: int, x: Tensor) -> None:
         """`x`, in host memory and shaped like parameter `index`, has this replica's shard of some state of it: fill in
@@ -97,18 +97,7 @@ class Replicas:
         if self._peers is None:
             return
         start, stop = self._gradients.buckets[bucket]
-        x = self._gradients.flat[start:stop]
-        if self._sharded:
-            host = x.cpu()
-            self._peers.reduce_scatter(host, timeout_s=self._timeout_s, operation="summing gradients over replicas")
-            if host is not x:
-                x.copy_(host)
-        else:
-            _all_reduce(self._peers, x, self._timeout_s, "summing gradients over replicas")
-
-
-def _all_reduce(group: Group, x: Tensor, timeout_s: float, operation: str) -> None:
-    host = x.cpu()  # the very tensor where it is in host memory already
-    group.all_reduce(host, timeout_s=timeout_s, operation=operation)
-    if host is not x:
-        x.copy_(host)
+        combine = self._peers.reduce_scatter if self._sharded else self._peers.all_reduce
+        combine(
+            self._gradients.flat[start:stop], timeout_s=self._timeout_s, operation="summing gradients over replicas"
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.layers import Block, Head, build_layers, hf_names
+from ..modules.parts import Documents
 from ..modules.spec import ModelSpec
 from .recompute import Recompute
 
@@ -44,28 +45,35 @@ class Stage(nn.Module):
         self.spec, self.units, self.dtype, self.device = spec, units, dtype, device
         self.is_first, self.is_last = units.start == 0, units.stop == spec.unit_count
         self.layers = nn.ModuleList(build_layers(spec, units, dtype=dtype, device=device))
+        self._rotary = next((layer.attn.rotary for layer in self.layers if isinstance(layer, Block)), None)
         self._dropout = max(spec.embed_dropout, spec.attn_dropout, spec.residual_dropout) > 0
         self._recompute = Recompute(recompute, attn_dropout=spec.attn_dropout > 0)
         if spec.tied and self.is_first and self.is_last:
             self._tie()
 
-    def forward(self, x: Tensor, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, seed: int = 0, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """`seed` names this micro-batch; with each unit's number it fixes the dropout masks, whatever the grid.
 
-        A last stage that is given `labels` [b, T] returns Σ cross-entropy [] instead of the logits.
+        A last stage that is given `labels` [b, T] returns Σ cross-entropy [] instead of the logits. With `positions`
+        [b, T], of each token in its document, documents of one row do not see one another.
         """
+        documents = None
+        if positions is not None and self._rotary is not None:
+            documents = self._rotary.documents(positions, self.dtype)
         for unit, layer in zip(self.units, self.layers, strict=True):
             if labels is not None and isinstance(layer, Head):
                 return layer.loss(x, labels)
-            run = partial(self._seeded, layer, seed * self.spec.unit_count + unit)
+            run = partial(self._seeded, layer, seed * self.spec.unit_count + unit, documents)
             x = self._recompute(run, x) if isinstance(layer, Block) else run(x)
         return x
 
-    def _seeded(self, layer: nn.Module, seed: int, x: Tensor) -> Tensor:
+    def _seeded(self, layer: nn.Module, seed: int, documents: Documents | None, x: Tensor) -> Tensor:
         """Seeds in the very function that may run again in the backward: the masks are then the same."""
         if self._dropout and self.training:
             torch.manual_seed(seed)
-        return layer(x)
+        return layer(x, documents) if isinstance(layer, Block) else layer(x)
 
     def tensors(self) -> Iterator[StageTensor]:
         """Every parameter once: a head that shares the embedding of this very stage brings nothing of its own."""

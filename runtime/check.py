@@ -73,7 +73,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     check_model(config, spec)
     plan = make_plan(config)
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
-    device, dtype = pick_device(config), compute_dtype(config)
+    device, dtype = pick_device(config, network), compute_dtype(config)
     share_threads(meeting)
     keep_freed_memory()
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
@@ -85,7 +85,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     need = estimate(
         spec, units, plan[place.stage], rows=config.micro_batch_size, length=config.seq_length, dtype=dtype,
         device=device, recompute=config.recompute, optimizer=config.optimizer, offload=config.use_offload,
-        shards=topology.replicas if config.dp_mode == "zero1" else 1,
+        shards=topology.replicas if config.dp_mode == "zero1" else 1, documents=config.document_mask,
     )  # fmt: skip
     pools = {
         host_pool(): [free_host_memory(), need.on_host if device.type == "cuda" else need.on_host + need.on_device]
@@ -200,8 +200,7 @@ def measure_network(
 ) -> dict[str, Any]:
     if wires.world is None:
         return {"edges": []}
-    groups = {group.name: group for group in wires.groups}
-    found = measure_edges(rounds, groups, wires.world, meeting, config.wire_timeout)
+    found = measure_edges(rounds, wires.groups, wires.world, meeting, config.wire_timeout)
     return {"edges": [(asdict(edge), asdict(figures)) for edge, figures in found]}
 
 

@@ -61,14 +61,20 @@ class GridFlags:
         "", "true or false [true where there is a CUDA device]", choices=("true", "false"), agree=False
     )
     cuda_id: int = _flag(0, "number of the CUDA device [LOCAL_RANK or SLURM_LOCALID]", agree=False)
-    dist_backend: str = _flag("gloo", "what carries activations and control", choices=("gloo", "nccl", "cupy_nccl"))
-    dp_backend: str = _flag("gloo", "what carries gradients between replicas", choices=("gloo", "nccl"))
+    dist_backend: str = _flag(
+        "gloo", "what carries activations between stages; cupy_nccl is nccl", choices=("gloo", "nccl", "cupy_nccl")
+    )
+    dp_backend: str = _flag(
+        "gloo", "what carries gradients between replicas; cupy_nccl is nccl", choices=("gloo", "nccl", "cupy_nccl")
+    )
     join_timeout: float = _flag(300.0, "seconds to wait for the master and for all ranks at the start")
     secret_file: str = _flag("", "file with a secret that every rank must prove to share [none]", agree=False)
     wire_timeout: float = _flag(1800.0, "seconds that any one wait for a peer may take during the run")
     dp_net_interface: str = _flag(
         "", "network interface for the gradients that replicas sum [--net-interface]", agree=False
     )
+    heartbeat_period: float = _flag(1.0, "seconds between two signs of life, in the store and on every connection")
+    heartbeat_patience: float = _flag(10.0, "seconds of silence after which a rank or a connection is given up")
     check: bool = _flag(
         False, "measure network, memory, weights and layers, say what a step will take, and stop without training"
     )
@@ -100,10 +106,15 @@ class DataFlags:
     rows: str = _flag(
         "packed", "packed: documents follow one another; padded: one a sequence", choices=("packed", "padded")
     )
-    special_tokens: str = _flag("", 'JSON file {"tokens": […]} of tokens to add to tokenizer and model', agree=False)
+    special_tokens: str = _flag(
+        "", 'JSON file of tokens to add to tokenizer and model: {"tokens": ["<START_Q>", …]}', agree=False
+    )
     bad_lines: str = _flag("error", "what a line that cannot be used does", choices=("error", "skip"))
     data_workers: int = _flag(
         0, "processes that tokenise ahead of the run; 0: rank 0 does it beside its stage", agree=False
+    )
+    document_mask: bool = _flag(
+        False, "documents of a packed row do not see one another: attention and positions begin anew with each"
     )
 
 
@@ -192,10 +203,13 @@ class EvaluationFlags:
     """evaluation"""
 
     evaluation_data: str = _flag(
-        "", "jsonl file of held-out text, evaluated at the end of the run at least; rank 0 needs it", agree=False
+        "",
+        "held-out data, evaluated at the end of the run at least: a task's path, or a .json file as of --task-config; "
+        "rank 0 needs it",
+        agree=False,
     )
     evaluation_steps: int = _flag(0, "evaluate each time this many accumulation steps are done; 0: only at the end")
-    evaluation_num_batch: int = _flag(0, "global batches of one evaluation; 0: the whole file")
+    evaluation_num_batch: int = _flag(0, "global batches of one evaluation; 0: all of it")
     stop_perplexity: float = _flag(0.0, "end the run when an evaluation's perplexity is at most this; 0: never")
     patience: int = _flag(0, "end the run after this many evaluations in a row that are no improvement; 0: never")
 
@@ -204,7 +218,7 @@ GROUPS = (
     ModelFlags, GridFlags, DataFlags, OptimizerFlags, ScheduleFlags, CheckpointFlags, EvaluationFlags, WatchFlags,
 )  # fmt: skip
 LOG_BACKENDS = ("print", "wandb", "tensorboard")
-SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "check"}
+SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "document_mask", "check"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
 
 INERT = (
@@ -227,6 +241,16 @@ class Config(
     @property
     def updates(self) -> int:
         return self.total_steps // self.gradient_accumulate_step
+
+    @property
+    def pp_library(self) -> str:
+        """--dist-backend, by its present name."""
+        return self.dist_backend.removeprefix("cupy_")
+
+    @property
+    def dp_library(self) -> str:
+        """--dp-backend, by its present name."""
+        return self.dp_backend.removeprefix("cupy_")
 
     @property
     def lr_floor(self) -> float:

@@ -1,40 +1,41 @@
 """Evaluation on held-out text: every target once, and the same number on every grid.
 
-Rank 0 reads the file, packs its documents in order, and deals each batch to the replicas over the training data's
-edges. A target weighs the same wherever it stands: the sum over all targets is divided once.
+Rank 0 reads its tasks, one after another and each in order, and deals each batch to the replicas over the edges of the
+training data. A target weighs the same wherever it stands: the sum over all targets is divided once.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..comm.lane import Lane
 from ..comm.topology import Topology
-from ..modules.loss import IGNORED, count_valid
+from ..modules.loss import count_valid
 from ..pipeline.executor import Batch, Executor
 from .config import Config
 from .feed import Arriving, Ends, deal, shift_labels
-from .tasks import DataError
+from .open_tasks import held_out_specs, open_each
+from .tasks import DataError, Drawn, positions_of
+from .tokenizer import Vocabulary
 from .trainer import Diverged, Vote
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rank 0's evaluation set: [batches, replicas, rows, T] tokens and labels, int32. `digest` names its text,
-    however it is cut into batches."""
+    """Rank 0's evaluation set: [batches, replicas, rows, T] tokens, labels and (with --document-mask) positions, int32.
+    `digest` names its tokens and targets, however they are cut into rows and batches."""
 
     tokens: Tensor
     labels: Tensor
     digest: int
+    positions: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -42,55 +43,47 @@ class HeldOut:
         return len(self.tokens), count_valid(self.labels)
 
 
-def documents(path: Path) -> Iterator[str]:
-    """The texts of a jsonl file in its order. Raises `DataError`."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield text_of(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"--evaluation-data: cannot read {path}: {error.strerror}") from error
-
-
-def text_of(raw: bytes, where: str) -> str:
-    """The text of one line. Raises `DataError`, which says `where`."""
-    try:
-        row = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise DataError(f'{where}: expected an object with a string under "text"')
-    return row["text"]
-
-
-def open_held_out(config: Config, topology: Topology, encode: Callable[[str], Sequence[int]]) -> HeldOut | None:
-    """Read --evaluation-data: each document once, framed and packed as training data is. The last row and the
-    last batch are filled up with positions that count for nothing. Raises `DataError`."""
+def open_held_out(config: Config, topology: Topology, vocabulary: Vocabulary) -> HeldOut | None:
+    """Read --evaluation-data: each document once, framed and laid into rows as training data is. The last row of a
+    task and the last batch are filled up with positions that count for nothing. Raises `DataError`."""
     if not config.evaluation_data:
         return None
-    path, length = Path(config.evaluation_data), config.seq_length
-    shape = (topology.replicas, config.batch_size, length)
-    most = config.evaluation_num_batch * math.prod(shape)
-    tokens: list[int] = []
-    for text in documents(path):
-        tokens += encode(text)
-        if most and len(tokens) >= most:
-            del tokens[most:]
-            break
-    batches = -(-len(tokens) // math.prod(shape))
-    filled = torch.zeros(batches * math.prod(shape), dtype=torch.int32)
-    filled[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-    labels = shift_labels(filled.view(-1, length))
-    labels.view(-1)[max(len(tokens) - 1, 0) :] = IGNORED
-    held_out = HeldOut(
-        filled.view(batches, *shape), labels.view(batches, *shape), zlib.crc32(filled[: len(tokens)].numpy().data)
-    )
-    if held_out.size[1] == 0:
-        raise DataError(f"--evaluation-data: {path} holds no token that follows another")
-    return held_out
+    shape = (topology.replicas, config.batch_size, config.seq_length)
+    try:
+        drawn, digest = _read(config, vocabulary, math.prod(shape[:2]))
+        tokens = torch.from_numpy(drawn.tokens)
+        labels = shift_labels(tokens, torch.from_numpy(drawn.targets))
+        if not count_valid(labels):
+            raise DataError(f"{config.evaluation_data} holds no token that follows another and is to be predicted")
+    except DataError as error:
+        raise DataError(f"--evaluation-data: {error}") from error
+    positions = torch.from_numpy(drawn.positions).view(-1, *shape) if drawn.positions is not None else None
+    return HeldOut(tokens.view(-1, *shape), labels.view(-1, *shape), digest, positions)
+
+
+def _read(config: Config, vocabulary: Vocabulary, in_batch: int) -> tuple[Drawn, int]:
+    """All rows (as int32) in whole batches of `in_batch`, and the digest."""
+    most, length = config.evaluation_num_batch * in_batch, config.seq_length
+    tasks, pool = open_each(held_out_specs(config.evaluation_data), config, vocabulary, shuffled=False)
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    digest = 0
+
+    def blank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.full(length, vocabulary.pad, dtype=np.int32), np.zeros(length, bool), np.zeros(length, bool)
+
+    try:
+        for task in tasks:
+            while not task.exhausted and not (most and len(rows) == most):
+                tokens, targets, starts = row = blank()
+                if filled := task.read(tokens, targets, config.rows == "packed", starts):
+                    digest = zlib.crc32(np.where(targets, tokens, ~tokens)[:filled].data, digest)
+                    rows.append(row)
+    finally:
+        pool.close()
+    rows += [blank()] * (-len(rows) % in_batch)
+    tokens, targets, starts = map(np.stack, zip(*rows, strict=True))
+    positions = positions_of(starts).astype(np.int32) if config.document_mask else None
+    return Drawn(tokens, targets, positions), digest
 
 
 class Evaluation:
@@ -137,5 +130,7 @@ class Evaluation:
     def _deal(self, number: int) -> Batch | None:
         if self._held_out is None:
             return None
-        tokens, labels = (x[number].long() for x in (self._held_out.tokens, self._held_out.labels))
-        return deal(self._topology, self._ends, tokens, labels, self._valid)
+        held_out = self._held_out
+        tokens, labels = held_out.tokens[number].long(), held_out.labels[number].long()
+        positions = held_out.positions[number].long() if held_out.positions is not None else None
+        return deal(self._topology, self._ends, tokens, labels, self._valid, positions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,17 +42,28 @@ def unpack(message: Tensor, length: int) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class Ends:
-    """This rank's ends of the data's edges. Senders (on rank 0) by destination rank; at most one receiver a kind."""
+    """This rank's ends of the data's edges. Senders (on rank 0) by destination rank; at most one receiver a kind.
+
+    Tokens go to first stages and labels to last ones; positions go to all, with --document-mask alone.
+    """
 
     tokens_to: dict[int, Sender]
     labels_to: dict[int, Sender]
+    positions_to: dict[int, Sender] = field(default_factory=dict)
     tokens_from: Receiver | None = None
     labels_from: Receiver | None = None
+    positions_from: Receiver | None = None
 
 
-def deal(grid: Topology, ends: Ends, tokens: Tensor, labels: Tensor, valid: int) -> Batch:
-    """On rank 0: send each replica its share of [replicas, rows, T] tokens and labels; this rank's is the result."""
+def deal(
+    grid: Topology, ends: Ends, tokens: Tensor, labels: Tensor, valid: int, positions: Tensor | None = None
+) -> Batch:
+    """On rank 0: send each replica its share of tokens, labels and positions, each [replicas, rows, T]; this rank's is
+    the result."""
     own = Batch(None, None, valid)
+    for rank, end in ends.positions_to.items():
+        assert positions is not None
+        end.send(pack(positions[grid.coord(rank).replica], valid), "data")
     for replica in range(grid.replicas):
         first, last = grid.rank(Coord(replica, 0)), grid.rank(Coord(replica, grid.stages - 1))
         if first != 0:
@@ -60,7 +71,12 @@ def deal(grid: Topology, ends: Ends, tokens: Tensor, labels: Tensor, valid: int)
         if last != 0:
             ends.labels_to[last].send(pack(labels[replica], valid), "data")
         if first == 0:
-            own = Batch(tokens[replica], labels[replica] if last == 0 else None, valid)
+            own = Batch(
+                tokens[replica],
+                labels[replica] if last == 0 else None,
+                valid,
+                positions[replica] if positions is not None else None,
+            )
     return own
 
 
@@ -72,16 +88,19 @@ class Arriving:
         self._length = length
         self._tokens = self._take(ends.tokens_from, count, rows)
         self._labels = self._take(ends.labels_from, count, rows)
+        self._positions = self._take(ends.positions_from, count, rows)
 
     def next(self, own: Batch | None) -> Batch:
         """The next batch; on rank 0, with what it kept of it."""
         batch = own or Batch(None, None, 0)
-        tokens, labels, valid = batch.tokens, batch.labels, batch.valid
+        tokens, labels, valid, positions = batch.tokens, batch.labels, batch.valid, batch.positions
         if self._tokens is not None:
             tokens, valid = unpack(self._tokens.popleft().get(), self._length)
         if self._labels is not None:
             labels, valid = unpack(self._labels.popleft().get(), self._length)
-        return Batch(tokens, labels, valid)
+        if self._positions is not None:
+            positions, valid = unpack(self._positions.popleft().get(), self._length)
+        return Batch(tokens, labels, valid, positions)
 
     def _take(self, end: Receiver | None, count: int, rows: int) -> deque[Ticket] | None:
         if end is None:
@@ -147,8 +166,9 @@ class Feed:
                 "check loss_on and the completions of --task-config, or take a longer --seq-length"
             )
         shape = (c.gradient_accumulate_step, grid.replicas, c.batch_size, c.seq_length)
+        positions = torch.from_numpy(drawn.positions).view(shape) if drawn.positions is not None else [None] * shape[0]
         local = [
-            deal(grid, self._ends, step, labels, valid)
-            for step, labels in zip(rows.view(shape), targets.view(shape), strict=True)
+            deal(grid, self._ends, step, labels, valid, own)
+            for step, labels, own in zip(rows.view(shape), targets.view(shape), positions, strict=True)
         ]
         return local, self._mixture.state(), self._mixture.shares()

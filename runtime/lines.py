@@ -40,7 +40,7 @@ class LineFile:
             with path.open("rb") as file:
                 stamp = os.fstat(file.fileno())
         except OSError as error:
-            raise DataError(f"--task-name: cannot read {path}: {error.strerror}") from error
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
         key = _digest(str(path.resolve()))
         name = f"{key}-{_digest(f'{stamp.st_size} {stamp.st_mtime_ns} {path.suffix}')}"
         plain = path
@@ -61,7 +61,7 @@ class LineFile:
         self.rows = len(self.starts) - 1  # the last start is the end of the file
         self.size = int(self.starts[-1])
         if not self.rows:
-            raise DataError(f"--task-name: {path} is empty")
+            raise DataError(f"{path} is empty")
         self._mapped = mmap.mmap(self._file, self.size, prot=mmap.PROT_READ)
 
     def __del__(self) -> None:

@@ -1,8 +1,9 @@
-"""From flags to a mixture that is ready to draw."""
+"""From flags to tasks that are ready to be read, and to the mixture of those that train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .config import Config
@@ -11,7 +12,7 @@ from .pretokenized import TokenFolder, is_pretokenized
 from .recipe import Recipe
 from .tables import Table, is_table
 from .task_spec import TaskSpec, parse_tasks, read_task_config
-from .tasks import Readable, Task, TaskMixture, Tokenized
+from .tasks import DataError, Readable, Task, TaskMixture, Tokenized
 from .token_workers import Inline, Pool, Workers
 from .tokenizer import Vocabulary
 
@@ -19,6 +20,23 @@ from .tokenizer import Vocabulary
 def specs_of(config: Config) -> list[TaskSpec]:
     """Raises `DataError`."""
     return read_task_config(Path(config.task_config)) if config.task_config else parse_tasks(config.task_name)
+
+
+def held_out_specs(told: str) -> list[TaskSpec]:
+    """--evaluation-data: a list of tasks as of --task-config if its name ends in .json, else one path with `text`.
+
+    Each is read once. Raises `DataError`.
+    """
+    if not told.endswith(".json"):
+        return [TaskSpec(told, text="text", repeats=1)]
+    specs = read_task_config(Path(told))
+    for number, spec in enumerate(specs, 1):
+        if spec.weight != 1 or spec.repeats:
+            raise DataError(
+                f"{told}, task {number}: weight and repeats say how often a task is drawn, and held-out data is read "
+                "once, in order: leave them out"
+            )
+    return [replace(spec, repeats=1) for spec in specs]
 
 
 def cache_of(config: Config) -> Path:
@@ -38,9 +56,11 @@ def make_pool(recipes: Sequence[Recipe | None], config: Config) -> Pool:
     return Workers(recipes, config.data_workers, config.wire_timeout) if needed else Inline(recipes)
 
 
-def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
-    """Rank 0's mixture. Raises `ConfigError` or `DataError`."""
-    specs, cache = specs_of(config), cache_of(config)
+def open_each(
+    specs: Sequence[TaskSpec], config: Config, vocabulary: Vocabulary, *, shuffled: bool = True
+) -> tuple[list[Task], Pool]:
+    """The tasks of `specs`, and the pool that works for all of them. Raises `DataError`."""
+    cache = cache_of(config)
     sources = [open_source(spec, cache, vocabulary.digest) for spec in specs]
     recipes = [
         None if isinstance(source, TokenFolder) else vocabulary.recipe(spec)
@@ -51,8 +71,17 @@ def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
     tasks = [
         Task(
             spec, source, number, config.seed, pool,
-            skip_bad=config.bad_lines == "skip", share=spec.weight / total,
+            skip_bad=config.bad_lines == "skip", share=spec.weight / total, shuffled=shuffled,
         )
         for number, (spec, source) in enumerate(zip(specs, sources, strict=True))
     ]  # fmt: skip
-    return TaskMixture(tasks, pool, config.seq_length, config.seed, packed=config.rows == "packed", pad=vocabulary.pad)
+    return tasks, pool
+
+
+def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
+    """Rank 0's mixture. Raises `DataError`."""
+    tasks, pool = open_each(specs_of(config), config, vocabulary)
+    return TaskMixture(
+        tasks, pool, config.seq_length, config.seed,
+        packed=config.rows == "packed", pad=vocabulary.pad, positions=config.document_mask,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..comm.rendezvous import Rendezvous
+from ..comm.transport import prepare
 from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
@@ -24,6 +25,7 @@ from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .milestones import steps_of_epochs
+from .network import Network
 from .optim import Optimizer
 from .tasks import TaskMixture
 from .tokenizer import Vocabulary
@@ -100,8 +102,12 @@ def describe(units: range, spec: ModelSpec) -> str:
     return " + ".join(parts + (["head"] if units.stop == spec.unit_count else []))
 
 
-def pick_device(config: Config) -> torch.device:
-    """What --use-cuda and --cuda-id say, or a CUDA device where there is one. Raises `ConfigError`."""
+def pick_device(config: Config, network: Network) -> torch.device:
+    """What --use-cuda and --cuda-id say, or a CUDA device where there is one; ready for what the backends need.
+
+    Raises `ConfigError` or `InterfaceError`."""
+    for library, interface in {(config.pp_library, network.wire), (config.dp_library, network.gradients)}:
+        prepare(library, interface.name)
     available = torch.cuda.is_available()
     if config.use_cuda == "true" and not available:
         raise ConfigError("--use-cuda true, but torch sees no CUDA device here")

@@ -29,7 +29,7 @@ class Table:
         self.rows = len(self._table)
         self.size = self.rows
         if not self.rows:
-            raise DataError(f"--task-name: {self.path} is empty")
+            raise DataError(f"{self.path} is empty")
 
     def read(self, numbers: np.ndarray) -> list[dict[str, Any]]:
         columns = self._table[numbers.tolist()]
@@ -46,7 +46,7 @@ def _load(spec: TaskSpec, cache: Path) -> Dataset:
         raise DataError(f"{spec.path}: needs the package: pip install datasets") from error
     local = Path(spec.path)
     if not spec.path.startswith(HUB) and not local.is_file():
-        raise DataError(f"--task-name: cannot read {spec.path}: no such file")
+        raise DataError(f"cannot read {spec.path}: no such file")
     was_shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # the run's own bar is the only one
     try:

@@ -61,12 +61,12 @@ def read_task_config(path: Path) -> list[TaskSpec]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise DataError(f"--task-config: cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"--task-config {path}: not JSON: {error}") from error
+        raise DataError(f"{path} is not JSON: {error}; a file with an object on each line is named .jsonl") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f'--task-config {path}: expected a list of tasks, [{{"path": …}}, …]')
-    return [_checked(row, f"--task-config {path}, task {number}") for number, row in enumerate(rows, 1)]
+        raise DataError(f'{path}: expected a list of tasks, [{{"path": …}}, …]')
+    return [_checked(row, f"{path}, task {number}") for number, row in enumerate(rows, 1)]
 
 
 def _checked(row: dict[str, Any], where: str) -> TaskSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,10 +56,23 @@ class Cursor:
 
 
 class Drawn(NamedTuple):
-    """`tokens` int64 [rows, T], and `targets` bool [rows, T]: whether the loss counts this token as one to predict."""
+    """`tokens` int64 [rows, T], and `targets` bool [rows, T]: whether the loss counts this token as one to predict.
+
+    `positions` int64 [rows, T], if asked for: see `positions_of`.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
+    positions: np.ndarray | None = None
+
+
+def positions_of(starts: np.ndarray) -> np.ndarray:
+    """Where documents begin, bool [..., T] → each token's position in its document, int64 [..., T].
+
+    A row's first token has position 0, also where its document began in the row before.
+    """
+    here = np.arange(starts.shape[-1])
+    return here - np.maximum.accumulate(np.where(starts, here, 0), axis=-1)
 
 
 class _Block(NamedTuple):
@@ -73,7 +86,7 @@ class _Block(NamedTuple):
 
 
 class Task:
-    """One source, read in a new seeded order each epoch.
+    """One source, read in a new seeded order each epoch, or in its own if it is not `shuffled`.
 
     Documents are tokenised in blocks whose borders depend on the source alone, so neither stopping nor the number of
     worker processes changes a token.
@@ -89,9 +102,11 @@ class Task:
         *,
         skip_bad: bool = False,
         share: float = 1.0,
+        shuffled: bool = True,
     ) -> None:
         self.spec, self.source, self.cursor = spec, source, Cursor()
         self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
+        self._shuffled = shuffled
         mean = max(1, source.size // source.rows)
         self._step = max(1, min(256, BLOCK_BYTES // mean))
         self._ahead = max(1, round(pool.ahead * share)) if pool.ahead else 0
@@ -108,8 +123,8 @@ class Task:
     def epochs(self) -> float:
         return self.cursor.epoch + self.cursor.position / self.source.rows
 
-    def read(self, tokens: np.ndarray, targets: np.ndarray, packed: bool) -> int:
-        """Fill the beginning of one row [T]; returns how far.
+    def read(self, tokens: np.ndarray, targets: np.ndarray, packed: bool, starts: np.ndarray | None = None) -> int:
+        """Fill the beginning of one row [T]; returns how far. `starts` bool [T] is set where a document begins.
 
         A packed row is full, documents following one another, unless the task is exhausted. A padded one ends with its
         document, and a longer document goes on in the next row. Raises `DataError` at a bad row, unless those are
@@ -125,6 +140,9 @@ class Task:
             count = min(len(tokens) - filled, stop - at)
             tokens[filled : filled + count] = block.tokens[at : at + count]
             targets[filled : filled + count] = True if block.targets is None else block.targets[at : at + count]
+            if starts is not None:
+                starts[filled] = True  # the row begins, or a block does
+                starts[[filled + end - at for end in ends[here : bisect_left(ends, at + count)]]] = True
             filled, at = filled + count, at + count
             after = bisect_right(ends, at)
             if block.faults:
@@ -198,15 +216,15 @@ class Task:
             assert (epoch, at) == (cursor.epoch, start)
             block = made if isinstance(made, Block) else made.get()
             self._current = _Block(epoch, at, block, block.ends.tolist(), numbers)
-            self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
-            if self._barren >= self.source.rows:
-                raise DataError(f"{self.spec.path}: no line of it gives any token")
-            self.prefetch()
             if block.faults and not self._skip_bad:
                 row = min(block.faults)
                 raise DataError(
                     f"{self.source.where(int(numbers[row]))}: {block.faults[row]} (--bad-lines skip goes on without)"
                 )
+            self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
+            if self._barren >= self.source.rows:
+                raise DataError(f"{self.spec.path}: no line of it gives any token")
+            self.prefetch()
         return self._current
 
     def _ask(self, epoch: int, start: int) -> tuple[np.ndarray, Pending | Block]:
@@ -221,7 +239,8 @@ class Task:
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             order = np.arange(self.source.rows, dtype=np.uint32 if self.source.rows < 1 << 32 else np.int64)
-            np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
+            if self._shuffled:
+                np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
             self._orders[epoch] = order
         return self._orders[epoch]
 
@@ -239,14 +258,24 @@ class TaskMixture:
     """Draws sequences of `length` tokens, each from one task, chosen by weight.
 
     The choice for sequence n depends on `seed`, n and on which tasks are exhausted, so a cursor is a handful of
-    integers. `pad` fills rows that a document (or the last of a task) does not fill.
+    integers. `pad` fills rows that a document (or the last of a task) does not fill. `positions`: tell where documents
+    lie.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], pool: Pool, length: int, seed: int, *, packed: bool = True, pad: int = 0
+        self,
+        tasks: Sequence[Task],
+        pool: Pool,
+        length: int,
+        seed: int,
+        *,
+        packed: bool = True,
+        pad: int = 0,
+        positions: bool = False,
     ) -> None:
         self.tasks, self._pool = list(tasks), pool
         self._length, self._seed, self._packed, self._pad = length, seed, packed, pad
+        self._positions = positions
         self._weights = np.array([task.spec.weight for task in self.tasks])
         self._bounds: tuple[list[bool], list[float]] = ([], [])
         self._choices: tuple[int, list[float]] = (-1, [])
@@ -257,11 +286,13 @@ class TaskMixture:
         as often as they may be."""
         tokens = np.full((rows, self._length), self._pad, dtype=np.int64)
         targets = np.zeros((rows, self._length), dtype=bool)
-        for row, mask in zip(tokens, targets, strict=True):
-            while not self.tasks[self._choose()].read(row, mask, self._packed):
+        starts = np.zeros((rows, self._length), dtype=bool) if self._positions else None
+        for number, (row, mask) in enumerate(zip(tokens, targets, strict=True)):
+            own = starts[number] if starts is not None else None
+            while not self.tasks[self._choose()].read(row, mask, self._packed, own):
                 pass  # what was left of that task gave no token: now it is exhausted, and another is chosen
             self.drawn += 1
-        return Drawn(tokens, targets)
+        return Drawn(tokens, targets, positions_of(starts) if starts is not None else None)
 
     def sequences(self) -> int:
         """How many sequences hold every task once; a task's last one is filled up from its next epoch."""

@@ -44,11 +44,6 @@ class Vocabulary:
         )
         self.frame = self._frame(config)
 
-    def document(self, text: str) -> list[int]:
-        """One text with all that frames a document in a packed row."""
-        tokens = self.encoder([self.frame.separator + text], False).flat.tolist()
-        return [*self.frame.begin, *tokens, *self.frame.end]
-
     def recipe(self, spec: TaskSpec) -> Recipe:
         """Raises `DataError` where the task asks for what the tokenizer cannot do."""
         if spec.loss_on == "completion" and not isinstance(self.encoder, BackendEncoder):

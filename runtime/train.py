@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..comm.errors import InterfaceError, WireError
+from ..comm.errors import InterfaceError, WireError, line_of
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.shards import ShardError, ShardStore
@@ -27,6 +27,7 @@ from ..pipeline.schedule import lower
 from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
+from ..pipeline.warmup import warm_up
 from .astest import export, shortened
 from .check import CheckFailed, check
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
@@ -106,14 +107,12 @@ def run(config: Config) -> int:
     meeting = None
     try:
         signals = Signals()
-        # An interface that cannot be used is told to the others too, so it must not keep this rank from meeting them.
         try:
-            network: Network | InterfaceError = find_network(config)
+            network = find_network(config)
         except InterfaceError as error:
-            network = error
-        meeting = meet(config, config.join_timeout, network if isinstance(network, Network) else None)
-        if isinstance(network, InterfaceError):
-            raise network
+            tell(error, config)
+            raise
+        meeting = meet(config, config.join_timeout, network)
         if config.check:
             check(config, meeting, network)
         else:
@@ -125,7 +124,7 @@ def run(config: Config) -> int:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
             error = RuntimeError(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)")
-        leave(str(meeting.failed(error)) if meeting is not None else str(error))
+        leave(line_of(config.rank, meeting.failed(error) if meeting is not None else error))
         raise AssertionError("unreachable") from error
 
 
@@ -148,6 +147,7 @@ def meet(config: Config, timeout_s: float, network: Network | None = None) -> Re
         secret=secret,
         via=network.wire if network is not None else None,
         leave_by=network.wire if network is not None and network.named else None,
+        heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
     )
 
 
@@ -180,7 +180,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
     if config.as_test:
         config = shortened(config)
-    device = pick_device(config)
+    device = pick_device(config, network)
     threads = share_threads(meeting)
     keep_freed_memory()
     units = stage_units(split, place.stage)
@@ -201,7 +201,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
-    held_out = open_held_out(config, topology, vocabulary.document) if vocabulary is not None else None
+    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
     facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]
@@ -219,6 +219,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
             )  # fmt: skip
         return
 
+    if "nccl" in (config.pp_library, config.dp_library):
+        warm_up(stage, optimizer.gradients, config.micro_batch_size, config.seq_length)
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
     record = meter.record
     wires = connect(config, topology, meeting, network, spec.tied, device, record)

@@ -121,13 +121,14 @@ class Trainer:
             batches, cursor = self.feed.next_update()
             self.optimizer.gradients.zero()
             scale = self.scaler.scale if self.scaler is not None else 1.0
-            loss_sum = 0.0
+            losses: list[Tensor] = []
             for number, batch in enumerate(batches, update * c.gradient_accumulate_step):
                 seed = (c.seed * 1_000_003 + number) * self.topology.replicas + self.place.replica
                 if number + 1 == (update + 1) * c.gradient_accumulate_step:
                     self.replicas.overlap(self.lane)
-                loss_sum += float(self.executor.step(batch, seed, scale))
+                losses.append(self.executor.step(batch, seed, scale))
             self.lane.submit(self.replicas.reduce, label="reduce").get()
+            loss_sum = sum(map(float, losses))  # only now may the host wait for the device
             tell = self.usage.take() if self.usage is not None else ()
             verdict = self.vote.cast(update, self._own_squares(), loss_sum, self.stopping(), scale, tell)
             finite = math.isfinite(verdict.norm) and math.isfinite(verdict.loss_sum)

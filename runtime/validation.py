@@ -36,13 +36,23 @@ def validate(config: Config) -> None:
     )
     refuse(c.rank >= c.world_size, f"--rank {c.rank} is not below --world-size {c.world_size}")
     refuse(
-        c.dp_net_interface not in ("", c.net_interface) and "nccl" in c.dist_backend and "nccl" in c.dp_backend,
+        c.dp_net_interface not in ("", c.net_interface) and c.pp_library == c.dp_library == "nccl",
         f"--dp-net-interface {c.dp_net_interface}: NCCL has one interface a process, so with --dist-backend "
         f"{c.dist_backend} and --dp-backend {c.dp_backend} both must take --net-interface "
         f"{c.net_interface or '[the one that reaches rank 0]'}; or let gloo carry one of the two",
     )
-    refuse("nccl" in c.dist_backend, f"--dist-backend {c.dist_backend} is not supported yet; use gloo")
-    refuse("nccl" in c.dp_backend, f"--dp-backend {c.dp_backend} is not supported yet; use gloo")
+    for name, library in (("dist_backend", c.pp_library), ("dp_backend", c.dp_library)):
+        refuse(
+            library == "nccl" and c.use_cuda == "false",
+            f"--{dash(name)} {getattr(c, name)} works on CUDA devices alone, and --use-cuda is false: use gloo",
+        )
+    for name in ("join_timeout", "wire_timeout", "heartbeat_period"):
+        refuse(not getattr(c, name) > 0, f"--{dash(name)} {getattr(c, name)} must be more than 0 seconds")
+    least = max(3 * c.heartbeat_period, 2.0)  # TCP's own probes come once a second at most
+    refuse(
+        not c.heartbeat_patience >= least,
+        f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
+    )
     refuse(
         c.batch_size % c.micro_batch_size,
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
@@ -51,6 +61,10 @@ def validate(config: Config) -> None:
     told = bool(c.task_name) + bool(c.task_config)
     refuse(not told and c.rank == 0, "--task-name (or --task-config) is needed on rank 0: a.jsonl:0.2,b.jsonl:0.8")
     refuse(told > 1, "--task-name and --task-config say the same thing: give one")
+    refuse(
+        c.document_mask and c.rows == "padded",
+        "--document-mask means nothing to --rows padded, where each row holds one document: leave it out",
+    )
     refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
     refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
     refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")
@@ -116,7 +130,7 @@ def _validate_evaluation(c: Config, refuse: Callable[[object, str], None]) -> No
         refuse(not getattr(c, name) >= 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
         refuse(
             c.rank == 0 and getattr(c, name) and not c.evaluation_data,
-            f"--{dash(name)} needs --evaluation-data on rank 0: a jsonl file of held-out text",
+            f"--{dash(name)} needs --evaluation-data on rank 0: the path of held-out data",
         )
     for name in ("stop_perplexity", "patience"):
         refuse(getattr(c, name) and not c.evaluation_steps, f"--{dash(name)} needs --evaluation-steps")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from ..comm.codec import RawCodec
-from ..comm.gloo import GlooGroup
 from ..comm.group import Group
-from ..comm.lane import Recorder, ThreadLane
-from ..comm.link import Receiver, Sender
+from ..comm.lane import Lane, Recorder
+from ..comm.link import WINDOW, Receiver, Sender
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Coord, Topology
+from ..comm.transport import Transport, Wanted
 from ..comm.verify import network_here, verify_interfaces
 from ..pipeline.executor import Edges
 from .config import Config
@@ -31,20 +31,32 @@ class Wires:
     peers: Group | None
     tie: Group | None
     world: Group | None
-    collectives: ThreadLane
-    data: ThreadLane
-    lanes: list[ThreadLane] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
+    collectives: Lane
+    data: Lane
+    transport: Transport | None = None
+
+    @property
+    def lanes(self) -> list[Lane]:
+        return self.transport.lanes if self.transport is not None else []
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        return self.transport.groups if self.transport is not None else {}
 
     def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
-        for group in self.groups:
-            group.close()
+        if self.transport is not None:
+            self.transport.close()
 
 
-def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every group of a run, in the one order in which all ranks create theirs (so that none waits in a circle).
+def backend_of(config: Config, group: str) -> str:
+    """What carries a group of `group_members`. Tokens, labels and the world's votes lie in host memory."""
+    if group.startswith("replicas"):
+        return config.dp_library
+    return config.pp_library if group[0].isdigit() or group.startswith("tied") else "gloo"
+
+
+def group_members(topology: Topology, tied: bool, positions: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every group of a run, in one order on all ranks.
 
     Each directed edge is a group of its own: two directions never block each other.
     """
@@ -55,8 +67,11 @@ def group_members(topology: Topology, tied: bool) -> Iterator[tuple[str, tuple[i
             yield f"{b}→{a}", (a, b)
         if tied and topology.stages > 1:
             yield f"tied embedding of replica {replica}", (line[0], line[-1])
-    for kind, stage in (("tokens", 0), ("labels", topology.stages - 1)):
-        for rank in topology.peers(stage):
+    fed = [("tokens", topology.peers(0)), ("labels", topology.peers(topology.stages - 1))]
+    if positions:
+        fed.append(("positions", tuple(range(topology.world))))
+    for kind, ranks in fed:
+        for rank in ranks:
             if rank != 0:
                 yield f"{kind}→{rank}", (0, rank)
     if topology.replicas > 1:
@@ -76,28 +91,29 @@ def connect(
     record: Recorder | None,
 ) -> Wires:
     """Create this rank's groups and lanes; blocks until all peers have come."""
-    rank, liveness = meeting.rank, meeting.liveness
+    rank = meeting.rank
     here = topology.coord(rank)
-    groups: dict[str, Group] = {}
-    for name, members in group_members(topology, tied):
-        if rank in members:
-            liveness.check()
-            groups[name] = GlooGroup(meeting.store, name, members, rank, network.of(name), config.join_timeout)
-    if groups:
+    transport = Transport(meeting, device, config.join_timeout, record)
+    groups, lane = transport.groups, transport.lane
+    transport.connect(
+        Wanted(backend_of(config, name), name, members, network.of(name))
+        for name, members in group_members(topology, tied, config.document_mask)
+        if rank in members
+    )
+    # NCCL's sockets are bound to the interface by NCCL itself, and need not be what carries its bytes.
+    if gloo := [group for name, group in groups.items() if backend_of(config, name) == "gloo"]:
         networks = meeting.exchange("network", network_here(), config.join_timeout)
-        verify_interfaces(list(groups.values()), networks, config.join_timeout, liveness.check)
-    codec, lanes, timeout_s = RawCodec(), [], config.wire_timeout
-
-    def lane(name: str) -> ThreadLane:
-        made = ThreadLane(name, check=liveness.check, on_error=liveness.report, record=record)
-        lanes.append(made)
-        return made
+        verify_interfaces(gloo, networks, config.join_timeout, meeting.liveness.check)
+    codec, timeout_s = RawCodec(), config.wire_timeout
 
     def sender(name: str, to: int, lane_name: str) -> Sender:
         return Sender(groups[name], to, codec, lane(lane_name), timeout_s)
 
     def receiver(name: str, source: int, lane_name: str, to_device: torch.device = device) -> Receiver:
-        return Receiver(groups[name], source, codec, lane(lane_name), timeout_s, device=to_device)
+        group = groups[name]
+        return Receiver(
+            group, source, codec, lane(lane_name), timeout_s, device=to_device, depth=group.ahead, window=WINDOW
+        )
 
     before = topology.rank(Coord(here.replica, here.stage - 1)) if here.stage > 0 else None
     after = topology.rank(Coord(here.replica, here.stage + 1)) if here.stage + 1 < topology.stages else None
@@ -113,8 +129,14 @@ def connect(
         labels_to={
             r: sender(f"labels→{r}", r, f"labels→{r}") for r in topology.peers(topology.stages - 1) if rank == 0 != r
         },
+        positions_to={
+            r: sender(f"positions→{r}", r, f"positions→{r}")
+            for r in range(1, topology.world)
+            if config.document_mask and rank == 0
+        },
         tokens_from=receiver(f"tokens→{rank}", 0, "tokens", host) if f"tokens→{rank}" in groups else None,
         labels_from=receiver(f"labels→{rank}", 0, "labels", host) if f"labels→{rank}" in groups else None,
+        positions_from=receiver(f"positions→{rank}", 0, "positions", host) if f"positions→{rank}" in groups else None,
     )
     return Wires(
         edges,
@@ -124,6 +146,5 @@ def connect(
         world=groups.get("world"),
         collectives=lane("gradients"),
         data=lane("data"),
-        lanes=lanes,
-        groups=list(groups.values()),
+        transport=transport,
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 from farspan.runtime.config import GROUPS, INERT
 
 REPO = Path(__file__).resolve().parents[1]
+STATED = r" \[([^\[]*)\]$"
+"""A default that the help states in its own words, at its end."""
 
 
 def flag_table() -> str:
@@ -18,12 +20,12 @@ def flag_table() -> str:
         lines.append(f"| **{group.__doc__}** | | |")
         for f in fields(group):
             text = f.metadata["help"].replace("|", "\\|")
-            stated = re.search(r" \[(.*)\]$", text)
+            stated = re.search(STATED, text)
             default = (
                 stated.group(1) if stated else str(f.default).lower() if isinstance(f.default, bool) else f.default
             )
             choices = f" {{{', '.join(f.metadata['choices'])}}}" if f.metadata["choices"] else ""
-            lines.append(f"| `--{f.name.replace('_', '-')}`{choices} | {default} | {text.split(' [')[0]} |")
+            lines.append(f"| `--{f.name.replace('_', '-')}`{choices} | {default} | {re.sub(STATED, '', text)} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ MACHINE = {
     "wg0": Interface("wg0", ("10.9.0.2",), up=False, mtu=1420),
     "ib0": Interface("ib0", (), up=True, mtu=4092),
 }
-HERE = "this machine has: lo 127.0.0.1, eth0 10.0.0.5, wg0 10.9.0.2, ib0 (no address)"
+HERE = "name one that reaches the others; this machine has: lo 127.0.0.1, eth0 10.0.0.5, wg0 10.9.0.2, ib0 (no address)"
 
 
 @pytest.fixture

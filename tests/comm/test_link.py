@@ -51,7 +51,7 @@ def ends() -> tuple[MemoryGroup, MemoryGroup]:
     return MemoryGroup(wire, "0→1", (0, 1), 0), MemoryGroup(wire, "0→1", (0, 1), 1)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
 def test_receives_are_posted_before_anyone_asks(
     ends: tuple[MemoryGroup, MemoryGroup], lane: ThreadLane, depth: int
 ) -> None:

@@ -12,8 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from farspan.comm.errors import RendezvousError, StoreLost
-from farspan.comm.store import GREETING, LARGEST, NONCE, StoreClient, StoreServer, pack, proof, unpack
+from farspan.comm.errors import LinkTimeout, RendezvousError, StoreLost
+from farspan.comm.gloo import GlooGroup
+from farspan.comm.store import (
+    GET,
+    GREETING,
+    LARGEST,
+    NONCE,
+    SET,
+    KeysMissing,
+    StoreClient,
+    StoreServer,
+    pack,
+    proof,
+    unpack,
+)
 from launch import free_port
 
 SECRET = b"among ourselves"
@@ -56,6 +69,82 @@ def test_waiting_ends_with_the_key_or_the_deadline(server: tuple[StoreServer, in
     with pytest.raises(TimeoutError, match="no never, nowhere"):
         a.wait(["late", "never", "nowhere"], timedelta(seconds=0.2))
     assert a.check(["late"])  # the connection is as good as before
+
+
+def test_one_thread_waits_while_another_sets_over_the_same_connection(server: tuple[StoreServer, int]) -> None:
+    a = client(server[1])
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(a.get, "late"), pool.submit(a.multi_get, ["later", "late"])]
+        assert a.add("n", 1) == 1
+        a.set("late", "here")
+        assert waiting[0].result(5) == b"here"
+        assert not waiting[1].done()
+        a.set("later", "too")
+        assert waiting[1].result(5) == [b"too", b"here"]
+
+
+def test_a_key_that_was_compared_in_vain_is_not_there(server: tuple[StoreServer, int]) -> None:
+    a = client(server[1])
+    assert a.compare_set("x", "something", "else") == b""
+    assert not a.check(["x"])
+
+
+def test_a_trade_sets_and_gets(server: tuple[StoreServer, int]) -> None:
+    clients = [client(server[1], rank) for rank in range(3)]
+    keys = ["t/0", "t/1", "t/2"]
+    with ThreadPoolExecutor(3) as pool:
+        trades = [pool.submit(c.trade, keys[r], f"of {r}", keys, 5.0, lambda: None) for r, c in enumerate(clients)]
+        for trade in trades:
+            assert trade.result(5) == [b"of 0", b"of 1", b"of 2"]
+
+
+def test_a_trade_names_the_keys_that_did_not_come(server: tuple[StoreServer, int]) -> None:
+    a = client(server[1])
+    with pytest.raises(KeysMissing, match=r"^rank 0: no t/1, t/2 in 0 s$") as caught:
+        a.trade("t/0", "", ["t/0", "t/1", "t/2"], 0.1, lambda: None)
+    assert caught.value.keys == ["t/1", "t/2"]
+
+
+def test_bad_news_ends_a_trade(server: tuple[StoreServer, int]) -> None:
+    def check() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        client(server[1]).trade("t/0", "", ["t/1"], 60.0, check)
+
+
+def test_a_store_that_does_not_answer_is_gone_at_the_deadline(server: tuple[StoreServer, int]) -> None:
+    a = client(server[1], timeout_s=0.3)
+    server[0]._loop.call_soon_threadsafe(time.sleep, 1)
+    with pytest.raises(StoreLost, match="is gone: no answer; see rank 0"):
+        a.add("n", 1)
+
+
+def test_a_member_asks_the_store_twice_for_a_group_of_any_size(
+    server: tuple[StoreServer, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    post = StoreClient._post
+
+    def count(self: StoreClient, code: int, *fields: bytes) -> object:
+        asked.append((self._rank, code))
+        return post(self, code, *fields)
+
+    clients = [client(server[1], rank) for rank in range(4)]
+    monkeypatch.setattr(StoreClient, "_post", count)
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(GlooGroup, c, "all", (0, 1, 2, 3), r, "lo", 20.0) for r, c in enumerate(clients)]
+        for group in made:
+            group.result(20).close()
+    assert sorted(asked) == [(rank, code) for rank in range(4) for code in (SET, GET)]
+
+
+def test_a_group_whose_member_does_not_come_is_a_timeout(server: tuple[StoreServer, int]) -> None:
+    with pytest.raises(
+        LinkTimeout, match=r"^rank 3: timed out waiting for rank 7 \(interface lo, connecting, after 0"
+    ) as e:
+        GlooGroup(client(server[1], timeout_s=0.3), "3→7", (3, 7), 3, "lo", 0.3)
+    assert "3→7/0/1" in str(e.value)
 
 
 def test_counting_from_many_threads_at_once(server: tuple[StoreServer, int]) -> None:
@@ -135,7 +224,9 @@ def test_garbage_is_refused(server: tuple[StoreServer, int], garbage: bytes) -> 
         struct.pack("!I", 0),
         pack(99, b"x"),
         struct.pack("!I", 9) + b"\0" + b"\xff" * 8,
-        pack(2, b"key", b"not a number"),
+        pack(2, b"tag", b"key", b"not a number"),
+        pack(1, b"tag", b"not a number", b"key"),
+        pack(0, b"tag"),
         pack(0),
     ],
 )

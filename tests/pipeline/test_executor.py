@@ -210,7 +210,9 @@ class Watching(Stage):
         self.outputs: list[weakref.ref] = []
         self.most_kept = self.most_outputs = 0
 
-    def forward(self, x: Tensor, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, seed: int = 0, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         self.seeds.append(seed)
         self.kept.append(kept := weakref.WeakSet())
 
@@ -219,7 +221,7 @@ class Watching(Stage):
             return holder
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
-            y = super().forward(x, seed, labels)
+            y = super().forward(x, seed, labels, positions)
         self.outputs.append(weakref.ref(y))
         self.most_kept = max(self.most_kept, sum(len(kept) > 0 for kept in self.kept))
         self.most_outputs = max(self.most_outputs, sum(output() is not None for output in self.outputs))

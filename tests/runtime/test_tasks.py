@@ -67,7 +67,7 @@ def test_task_config_and_task_name_make_the_same_objects(tmp_path: Path) -> None
 def test_a_bad_task_config_is_named(tmp_path: Path, row: str, reason: str) -> None:
     file = tmp_path / "tasks.json"
     file.write_text(row)
-    with pytest.raises(DataError, match=r"--task-config .*tasks\.json") as caught:
+    with pytest.raises(DataError, match=r"tasks\.json") as caught:
         read_task_config(file)
     assert reason in str(caught.value)
 
@@ -205,7 +205,7 @@ def test_completions_alone_are_targets(tmp_path: Path, begin: tuple[int, ...]) -
     path.write_text(json.dumps({"q": "what?", "a": "this", "n": 5}) + "\n")
     task = {"path": str(path), "template": "{q} [{n}] {a}.", "loss_on": "completion"}
     frame = Frame("\n", begin, (3,))
-    tokens, targets = mixture(tmp_path, [task], 17 + len(begin), frame).draw(1)
+    tokens, targets, _ = mixture(tmp_path, [task], 17 + len(begin), frame).draw(1)
     assert text_of(tokens) == "".join(map(chr, begin)) + "\nwhat? [5] this.\3"
     assert text_of(tokens[targets]) == "this.\3"
 
@@ -275,7 +275,7 @@ def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
     alone = mixture(tmp_path, tasks, 13, **flags)
     several = mixture(tmp_path, tasks, 13, data_workers=workers, **flags)
     try:
-        for got, want in zip(several.draw(300), alone.draw(300), strict=True):
+        for got, want in zip(several.draw(300)[:2], alone.draw(300)[:2], strict=True):
             assert (got == want).all()
         state = several.state()
         assert state == alone.state()

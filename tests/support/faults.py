@@ -2,7 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from farspan.comm.gloo import GlooGroup
+from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
+from farspan.pipeline.stage import Stage
+from farspan.runtime import prepare, train
+from farspan.runtime.checkpoint import Checkpoints
+from farspan.runtime.evaluate import Evaluation
+
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "while loading": (train, "fill", 1),
+    "while connecting": (GlooGroup, "__init__", 2),
+    "in a step": (Executor, "step", 3),
+    "in evaluation": (Evaluation, "loss", 1),
+    "in a checkpoint": (Checkpoints, "save", 1),
+}
+"""Phase → whose function, and at which call of it a `signalled` rank is hit."""
+
+
+def signalled(phase: str, number: int, told: str) -> None:
+    """This rank sends itself signal `number` in a phase, and writes when (time.monotonic) to the file `told` before."""
+    owner, name, due = PHASES[phase]
+
+    def strike() -> None:
+        Path(told).write_text(str(time.monotonic()))
+        os.kill(os.getpid(), number)
+
+    _before(owner, name, due, strike)
+
+
+def slow_to_save(seconds: float) -> None:
+    """This rank takes its time in every checkpoint."""
+    _before(Checkpoints, "save", 0, lambda: time.sleep(seconds))
+
+
+def other_version(version: str) -> None:
+    """This rank has another farspan."""
+    prepare.__version__ = version
 
 
 def inf_gradient(updates: int) -> None:
@@ -16,3 +58,21 @@ def inf_gradient(updates: int) -> None:
         seen.append(None)
 
     Gradients.zero = zero  # type: ignore[method-assign]
+
+
+def slow_forward(seconds: float) -> None:
+    """The first forward of this rank's stage takes so long."""
+    _before(Stage, "forward", 1, lambda: time.sleep(seconds))
+
+
+def _before(owner: Any, name: str, due: int, act: Callable[[], None]) -> None:  # noqa: ANN401 - a class or a module
+    """Have `act` run before call number `due` (counted from 1; 0: every call) of a function."""
+    real, calls = getattr(owner, name), []
+
+    def wrapped(*words: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever the function takes
+        calls.append(None)
+        if due in (0, len(calls)):
+            act()
+        return real(*words, **options)
+
+    setattr(owner, name, wrapped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,7 +35,13 @@ class MemoryGroup:
         self._queues[self.name, self.rank, to].put(x.clone())
 
     def recv(self, out: Tensor, source: int, *, timeout_s: float, operation: str = "receive") -> None:
+        self.post(out, source, operation=operation)(timeout_s)
+
+    def post(self, out: Tensor, source: int, *, operation: str = "receive") -> Callable[[float], None]:
         self.operations.append(operation)
+        return lambda timeout_s: self._take(out, source, timeout_s)
+
+    def _take(self, out: Tensor, source: int, timeout_s: float) -> None:
         message = self._queues[self.name, source, self.rank].get(timeout=timeout_s)
         if (message.dtype, message.shape) != (torch.uint8, out.shape):
             raise ValueError(f"{list(message.shape)} of {message.dtype} came where {list(out.shape)} was expected")

@@ -1,0 +1,81 @@
+"""The lane of a CUDA device: a thread with a stream of its own. Waiting for a ticket makes a stream wait, not the host.
+
+The thread is there because the calls that queue work may themselves block: Gloo's always, NCCL's when it connects or
+when its queues are full. The main thread only ever waits until a message's transfer is queued.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lane import Recorder, ThreadLane, Ticket
+
+
+class StreamTicket(Ticket):
+    """A ticket whose result is there when the stream of whoever calls `get` gets to that point."""
+
+    def __init__(self, check: Callable[[], None], device: torch.device) -> None:
+        super().__init__(check)
+        self._device = device
+        self.done = torch.cuda.Event()
+
+    def get(self) -> Any:  # noqa: ANN401
+        value = super().get()
+        self._check()  # after a failure the streams go on, over what aborted transfers have left behind
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self.done)
+        if isinstance(value, Tensor) and value.device == self._device:
+            value.record_stream(stream)  # its memory is the lane's: not to be used again before this stream is done
+        return value
+
+
+class StreamLane(ThreadLane):
+    """Work runs in the order of submission on a stream of the lane's own, after what the submitter's current stream
+    had queued by then. What is recorded is the time in which work is queued, plus that of calls that block."""
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        *,
+        check: Callable[[], None] = lambda: None,
+        on_error: Callable[[BaseException], object] = lambda error: None,
+        record: Recorder | None = None,
+    ) -> None:
+        self._device = device
+        # Transfers first: a small kernel that a peer waits for should not queue behind a large product.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        super().__init__(name, check=check, on_error=on_error, record=record)
+
+    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        ticket = StreamTicket(self._check, self._device)
+
+        def work() -> Any:  # noqa: ANN401
+            self._stream.wait_event(ready)
+            if uses is not None and uses.device == self._device:
+                uses.record_stream(self._stream)
+            value = fn()
+            ticket.done.record(self._stream)
+            return value
+
+        self._queue.put((work, after, label, ticket))
+        return ticket
+
+    def close(self) -> None:
+        """Finish what was submitted, on the device too."""
+        super().close()
+        while not self._stream.query():
+            self._check()
+            time.sleep(0.001)
+
+    def _work(self) -> None:
+        torch.cuda.set_device(self._device)  # each thread has its own
+        with torch.cuda.stream(self._stream):
+            super()._work()

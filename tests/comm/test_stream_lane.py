@@ -1,0 +1,128 @@
+"""A lane with a stream waits for the submitter's stream, and makes the stream of whoever takes the result wait for it;
+the host waits for neither. (On a stand-in for CUDA that writes down who waits for what.)"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from farspan.comm.errors import RemoteFailure
+from farspan.comm.stream_lane import StreamLane
+
+DEVICE = torch.device("cpu")  # of the tensors; the streams are stand-ins
+
+
+class Streams:
+    """What happened on each stream, in the order in which it was queued."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
+        self.said: dict[str, list[str]] = {"main": []}
+        self.events = 0
+
+    def current(self, _device: object = None) -> Stream:
+        return getattr(self.here, "stream", None) or Stream("main")
+
+    @contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        before, self.here.stream = self.current(), stream
+        yield
+        self.here.stream = before
+
+
+class Stream:
+    all: Streams
+
+    def __init__(self, name: object, priority: int = 0) -> None:
+        self.name = name if isinstance(name, str) else "lane"
+        self.all.said.setdefault(self.name, [])
+
+    def say(self, word: str) -> None:
+        self.all.said[self.name].append(word)
+
+    def wait_event(self, event: Event) -> None:
+        self.say(f"wait for {event.name}")
+
+    def query(self) -> bool:
+        return True
+
+
+class Event:
+    name = "nothing"
+
+    def record(self, stream: Stream) -> None:
+        stream.all.events += 1
+        self.name = f"event {stream.all.events}"
+        stream.say(self.name)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    Stream.all = made = Streams()
+    fakes = {"Stream": Stream, "Event": Event, "current_stream": made.current, "stream": made.use}
+    for name, fake in {**fakes, "set_device": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: stream.say(f"uses {int(x)}"))
+    return made
+
+
+def test_streams_wait_for_each_other(streams: Streams) -> None:
+    lane = StreamLane("lane", DEVICE)
+
+    def work() -> torch.Tensor:
+        streams.current().say("work")
+        return torch.tensor(7)
+
+    streams.current().say("before")
+    ticket = lane.submit(work, uses=torch.tensor(5))
+    assert ticket._done.wait(20)
+    streams.current().say("meanwhile")  # on the device, at the same time as the work
+    assert int(ticket.get()) == 7
+    streams.current().say("after")
+    assert streams.said["main"] == ["before", "event 1", "meanwhile", "wait for event 2", "uses 7", "after"]
+    assert streams.said["lane"] == ["wait for event 1", "uses 5", "work", "event 2"]
+    lane.close()
+
+
+def test_work_of_one_lane_after_that_of_another(streams: Streams) -> None:
+    first, second = StreamLane("first", DEVICE), StreamLane("second", DEVICE)
+    ticket = second.submit(lambda: streams.current().say("then"), first.submit(lambda: streams.current().say("first")))
+    ticket.get()
+    lane = streams.said["lane"]  # both have this name
+    first_done = lane[lane.index("first") + 1]
+    assert lane.index(f"wait for {first_done}") < lane.index("then")
+    for made in (first, second):
+        made.close()
+
+
+def test_after_a_failure_no_result_is_given_out(streams: Streams) -> None:
+    failed: list[str] = []
+
+    def check() -> None:
+        if failed:
+            raise RemoteFailure("rank 3 has failed")
+
+    lane = StreamLane("lane", DEVICE, check=check)
+    ticket = lane.submit(lambda: torch.tensor(7))
+    assert ticket._done.wait(20)
+    failed.append("rank 3")
+    with pytest.raises(RemoteFailure, match="rank 3 has failed"):
+        ticket.get()
+    failed.clear()
+    lane.close()
+
+
+def test_what_the_work_raises_reaches_the_ticket(streams: Streams) -> None:
+    heard: list[str] = []
+    lane = StreamLane("lane", DEVICE, on_error=lambda error: heard.append(str(error)))
+
+    def boom() -> None:
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        lane.submit(boom).get()
+    assert heard == ["boom"]
+    lane.close()
