@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every GPU test and the GPU benchmarks, in under 8 minutes, on one GPU and nothing but Python with torch, transformers, cupy,
-# psutil, tqdm and pytest: nothing is installed. Results also go to $OUT [a new folder].
+# Every GPU test and the GPU benchmarks, in under 8 minutes, on one GPU, with Python, torch, transformers, cupy, psutil, tqdm,
+# orjson and pytest. Nothing is installed: what the machine lacks may lie as wheels in $WHEELS. Results also go to $OUT [a new
+# folder].
 #   bash benchmarks/gpu_check.sh [words for pytest]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +13,9 @@ mkdir -p "$OUT"
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
 ln -s "$PWD" "$packages/farspan"
+for wheel in ${WHEELS:+"$WHEELS"/*.whl}; do
+    "$python" -m zipfile -e "$wheel" "$packages"
+done
 export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .lane import Recorder, ThreadLane, Ticket
+from .stopwatch import StreamStopwatch
 
 
 class StreamTicket(Ticket):
@@ -36,7 +37,7 @@ class StreamTicket(Ticket):
 
 class StreamLane(ThreadLane):
     """Work runs in the order of submission on a stream of the lane's own, after what the submitter's current stream
-    had queued by then. What is recorded is the time in which work is queued, plus that of calls that block."""
+    had queued by then. What is recorded is the time that it takes on the stream, told when a later piece begins."""
 
     def __init__(
         self,
@@ -50,19 +51,27 @@ class StreamLane(ThreadLane):
         self._device = device
         # Transfers first: a small kernel that a peer waits for should not queue behind a large product.
         self._stream = torch.cuda.Stream(device, priority=-1)
-        super().__init__(name, check=check, on_error=on_error, record=record)
+        self._watch = StreamStopwatch(record, device) if record is not None else None
+        super().__init__(name, check=check, on_error=on_error)
 
     def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
         ticket = StreamTicket(self._check, self._device)
 
+        watch = self._watch
+
         def work() -> Any:  # noqa: ANN401
+            if watch is not None:
+                watch.settle()
             self._stream.wait_event(ready)
             if uses is not None and uses.device == self._device:
                 uses.record_stream(self._stream)
+            start = watch.start() if watch is not None and label else None
             value = fn()
             ticket.done.record(self._stream)
+            if watch is not None and label:
+                watch.stop(self.name, label, start)
             return value
 
         self._queue.put((work, after, label, ticket))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..comm.lane import Recorder, Ticket
 from ..comm.link import Receiver, Sender
 from ..comm.staging import to_device
+from ..comm.stopwatch import stopwatch
 from .schedule import Op, Row, trains
 from .stage import Stage
 
@@ -49,7 +49,8 @@ class Executor:
     def __init__(
         self, stage: Stage, row: Row, edges: Edges, micro_rows: int, length: int, record: Recorder | None = None
     ) -> None:
-        self._stage, self._row, self._edges, self._record = stage, row, edges, record
+        self._stage, self._row, self._edges = stage, row, edges
+        self.watch = stopwatch(record, stage.device)
         self._trains = trains(row)
         self._micro_rows = micro_rows
         self._shape = (micro_rows, length, stage.spec.width)
@@ -68,7 +69,8 @@ class Executor:
             return self._walk(batch, seed, scale)
 
     def _walk(self, batch: Batch, seed: int, scale: float) -> Tensor:
-        stage, edges = self._stage, self._edges
+        stage, edges, watch = self._stage, self._edges, self.watch
+        watch.settle()
         for ticket in self._sending:  # of the step before
             ticket.get()
         self._sending.clear()
@@ -87,7 +89,7 @@ class Executor:
                     x = arriving.pop(mb).get() if mb in arriving else self._rows(batch.tokens, mb)
                     if self._trains and not stage.is_first:
                         x.requires_grad_()
-                    start = time.perf_counter()
+                    start = watch.start()
                     labels = self._rows(batch.labels, mb) if stage.is_last else None
                     positions = self._rows(batch.positions, mb) if batch.positions is not None else None
                     y = stage(x, seed * self._micro_batches + mb, labels, positions)
@@ -96,7 +98,7 @@ class Executor:
                         y = y / batch.valid * scale
                     if self._trains or not stage.is_last:
                         live[mb] = x, y
-                    self._span("forward", str(action), start)
+                    watch.stop("forward", str(action), start)
                 case Op.SEND_F:
                     assert edges.to_next is not None
                     self._sending.append(edges.to_next.send(live[mb][1].detach(), "activations"))
@@ -108,11 +110,11 @@ class Executor:
                 case Op.BACKWARD:
                     x, y = live[mb]
                     grad = arriving.pop(mb).get() if mb in arriving else None
-                    start = time.perf_counter()
+                    start = watch.start()
                     torch.autograd.backward(y, grad)
                     if stage.is_first:
                         del live[mb]
-                    self._span("backward", str(action), start)
+                    watch.stop("backward", str(action), start)
                 case Op.SEND_B:
                     assert edges.to_previous is not None
                     grad = live.pop(mb)[0].grad
@@ -129,7 +131,3 @@ class Executor:
     def _rows(self, x: Tensor | None, mb: int) -> Tensor:
         assert x is not None
         return to_device(x[mb * self._micro_rows : (mb + 1) * self._micro_rows], self._stage.device)
-
-    def _span(self, lane: str, name: str, start: float) -> None:
-        if self._record is not None:
-            self._record(lane, name, start, time.perf_counter())

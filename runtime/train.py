@@ -273,6 +273,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     progress, early = trainer.run(progress)
     feed.close()
     if profile is not None:
+        trainer.executor.watch.settle()
         profile.write(config.checkpoints / "traces")
     if mixture is not None:
         mixture.close()

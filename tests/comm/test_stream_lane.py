@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from farspan.comm.errors import RemoteFailure
+from farspan.comm.stopwatch import StreamStopwatch
 from farspan.comm.stream_lane import StreamLane
 
 DEVICE = torch.device("cpu")  # of the tensors; the streams are stand-ins
@@ -126,3 +127,64 @@ def test_what_the_work_raises_reaches_the_ticket(streams: Streams) -> None:
         lane.submit(boom).get()
     assert heard == ["boom"]
     lane.close()
+
+
+class Clocked:
+    """An event that knows when it was, in the seconds of its test; later ones are still to come."""
+
+    now = 0.0
+
+    def __init__(self, **_: bool) -> None:
+        self.at: float | None = None
+
+    def record(self, _stream: Stream) -> None:
+        self.at = Clocked.now
+
+    def synchronize(self) -> None:
+        assert self.query()
+
+    def query(self) -> bool:
+        return self.at is not None and self.at <= Clocked.now
+
+    def elapsed_time(self, end: Clocked) -> float:
+        assert self.at is not None
+        assert end.at is not None
+        return (end.at - self.at) * 1e3
+
+
+def test_spans_are_those_of_the_stream(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clocked)
+    monkeypatch.setattr(Clocked, "now", 100.0)
+    spans: list[tuple[str, str, float, float]] = []
+    watch = StreamStopwatch(lambda *span: spans.append(span), DEVICE)
+    zero = watch._last_s
+
+    def queue(name: str, start: float, end: float) -> None:
+        Clocked.now = start
+        begun = watch.start()
+        Clocked.now = end
+        watch.stop("forward", name, begun)
+
+    queue("0F0", 101.0, 102.0)
+    queue("0F1", 102.5, 104.0)
+    Clocked.now = 103.0  # the device is in the middle of the second
+    watch.settle()
+    assert [span[1] for span in spans] == ["0F0"]
+    Clocked.now = 110.0
+    watch.settle()
+    watch.settle()
+    assert [(lane, name) for lane, name, _, _ in spans] == [("forward", "0F0"), ("forward", "0F1")]
+    assert [round(t - zero, 6) for span in spans for t in span[2:]] == [1.0, 2.0, 2.5, 4.0]
+
+
+def test_a_lane_tells_its_labelled_work_when_it_is_done(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clocked)
+    monkeypatch.setattr(Stream, "wait_event", lambda stream, event: None)
+    spans: list[tuple[str, str, float, float]] = []
+    lane = StreamLane("forward send", DEVICE, record=lambda *span: spans.append(span))
+    lane.submit(lambda: None, label="activations").get()
+    lane.submit(lambda: None).get()
+    with pytest.raises(ValueError, match="boom"):
+        lane.submit(lambda: int("boom"), label="failed").get()
+    lane.close()
+    assert [span[:2] for span in spans] == [("forward send", "activations")]

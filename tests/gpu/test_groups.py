@@ -43,10 +43,10 @@ def collectives(me: Peer, group: Group) -> dict[str, bool]:
     for where in (DEVICE, torch.device("cpu")):
         for n in (1, 40_001):
             mine, all_in_order = numbers(me.rank, 3 * n), numbers(1, 3 * n) + numbers(4, 3 * n) + numbers(6, 3 * n)
-            x = mine.to(where)
+            x = mine.clone().to(where)
             group.all_reduce(x, timeout_s=60)
             answer[f"{where.type} sum {n}"] = torch.allclose(x.cpu(), all_in_order, rtol=1e-5, atol=1e-2)
-            x = mine.to(where)
+            x = mine.clone().to(where)
             group.reduce_scatter(x, timeout_s=60)
             own = x.view(3, n)[place]
             answer[f"{where.type} scattered {n}"] = torch.equal(own.cpu(), all_in_order.view(3, n)[place])

@@ -21,7 +21,7 @@ import launch
 import pytest
 from fault_table import BEYOND_S, JOIN_S, PATIENCE_S, PERIOD_S, STORE_PORT, TABLE, Fault, matches
 from lab import lab, why_not
-from launch import REPO, Ended, Run, free_port
+from launch import REPO, Ended, Run, free_port, read_metrics
 from tiny import make_model, make_task, make_tokenizer
 
 Flags = Callable[..., dict[str, Any]]
@@ -95,6 +95,7 @@ def test_fault(fault: Fault, flags: Flags, tmp_path: Path, places: dict[str, Pat
         ended = wait(run, fault)
         if told.exists():
             struck = float(told.read_text())
+    read_metrics(run.folder)  # what was written can be read
     took = max(end.at for end in ended.values()) - struck
     MEASURED[fault.name] = took
     for rank, end in ended.items():

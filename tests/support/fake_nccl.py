@@ -260,8 +260,8 @@ def take_the_place_of_cuda() -> None:
     from farspan.comm.nccl import bind, load
     from farspan.runtime import train
 
-    def pick_device(config: Any, interface: str) -> torch.device:  # noqa: ANN401
-        bind(interface)
+    def pick_device(config: Any, network: Any) -> torch.device:  # noqa: ANN401
+        bind(network.wire.name)
         load()
         return torch.device("cpu")
 
