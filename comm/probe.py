@@ -14,7 +14,7 @@ import torch
 from .codec import RawCodec
 from .group import Group
 from .lane import Lane
-from .link import Receiver, Sender
+from .link import WINDOW, Receiver, Sender
 
 _ROUNDS = 5
 _FIRST, _MOST = 1 << 16, 1 << 26  # bytes of the first and of the largest stream
@@ -108,7 +108,7 @@ class Probe:
         start = time.perf_counter()
         for _ in range(count):
             sender.send(payload)
-        gaps = self._hear(self.back, count)
+        gaps = self._hear(self.back, count)[:count]
         total = time.perf_counter() - start
         return [max(total - round_trip - sum(gaps[1:]), 0.0), *gaps[1:]]
 
@@ -122,15 +122,21 @@ class Probe:
                 self._all(self.more[: int(order[1])], int(order[0]), sending=False)
                 self._say(self.back, 0.0)
         for _ in range(3 if messages else 0):
-            size, count = map(int, self._hear(self.there, 2))
-            receiver = Receiver(self.there, self.source, RawCodec(), self.lanes[0], self.timeout_s, device=_HOST)
-            receiver.expect(count, (size,), torch.uint8)
-            self._say(self.back, 0.0)
-            arrivals = []
-            for _ in range(count):
-                receiver.recv().get()
-                arrivals.append(time.perf_counter())
-            self._say(self.back, 0.0, *(b - a for a, b in pairwise(arrivals)))
+            self._answer_burst()
+
+    def _answer_burst(self) -> None:
+        size, count = map(int, self._hear(self.there, 2))
+        receiver = Receiver(
+            self.there, self.source, RawCodec(), self.lanes[0], self.timeout_s, device=_HOST, depth=self.there.ahead,
+            window=WINDOW,
+        )  # fmt: skip
+        receiver.expect(count, (size,), torch.uint8)
+        self._say(self.back, 0.0)
+        arrivals = []
+        for _ in range(count):
+            receiver.recv().get()
+            arrivals.append(time.perf_counter())
+        self._say(self.back, 0.0, *(b - a for a, b in pairwise(arrivals)))
 
     def _all(self, groups: Sequence[Group], size: int, *, sending: bool) -> None:
         share = size // len(groups)

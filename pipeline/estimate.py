@@ -18,15 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..comm.lane import Ticket
-from ..modules.layers import hf_names
 from ..modules.spec import ModelSpec
 from .executor import Batch, Edges, Executor
 from .gradients import Gradients
 from .schedule import Action, Op, Row, live_activations
 from .stage import Stage
 
-HEAP_SHARE = 0.2
-"""On a CPU: what malloc holds beyond what is in use, holes that fit nothing; 6 to 35 % were seen (glibc 2.36)."""
+HEAP_SHARE = 0.17
+"""On a CPU: what malloc holds beyond what is in use, holes that fit nothing; 4 to 35 % were seen (glibc 2.36)."""
 _MOMENTS = {"adamw": 8.0, "adam": 8.0, "8bit-adam": 2 + 8 / 256}  # bytes a parameter
 
 
@@ -130,23 +129,27 @@ def estimate(
     optimizer: str = "adamw",
     shards: int = 1,
     offload: bool = False,
+    documents: bool = False,
 ) -> Estimate:
     """Of a stage with `units` that walks `row` of its plan, in micro-batches of `rows` × `length` tokens.
 
     activations: what the micro-batches that are alive at once keep for their backward; work: what comes and goes beside
     it at the worst moment; messages: what arrives ahead, and waits to leave. `shards`: replicas that share masters and
-    moments (ZeRO-1).
+    moments (ZeRO-1). `documents`: those of a row do not see one another (--document-mask).
     """
     live = live_activations(row)
-    one, two = (_rehearse(spec, units, mbs, rows, length, dtype, device, recompute) for mbs in (1, 2))
+    one, two = (_rehearse(spec, units, mbs, rows, length, dtype, device, recompute, documents) for mbs in (1, 2))
     stage_bytes, kept = one[0], two[1] - one[1]
     stage = Stage(spec, units, dtype=dtype, device=torch.device("meta"))
-    elements = sum(t.parameter.numel() for t in stage.tensors())
+    sizes = [t.parameter.numel() for t in stage.tensors()]
+    elements, work = sum(sizes), one[1] - kept
+    if dtype != torch.float32:  # a gradient, and its fp32 copy on the way to its sum, which no tracker sees
+        work = max(work, (dtype.itemsize + 4) * max(sizes))
     apart = dtype != torch.float32 or offload
     message = rows * length * spec.width * dtype.itemsize
     ends = (units.start > 0) + (units.stop < spec.unit_count)
     masters, moments = (int(x * elements / shards) for x in (4 * apart, _MOMENTS[optimizer]))
-    held = (stage_bytes, masters, 4 * elements, moments, live * kept, one[1] - kept, 4 * ends * message)
+    held = (stage_bytes, masters, 4 * elements, moments, live * kept, work, 4 * ends * message)
     return Estimate(*held, int(HEAP_SHARE * sum(held)) if device.type == "cpu" else 0, offload)
 
 
@@ -159,13 +162,13 @@ def _rehearse(
     dtype: torch.dtype,
     device: torch.device,
     recompute: str,
+    documents: bool,
 ) -> tuple[int, int]:
     """Bytes of the weights, and the most that so many live micro-batches hold beside weights and gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # late: it costs a second
 
     stage = Stage(spec, units, dtype=dtype, device=torch.device("meta"), recompute=recompute)
-    for unit in units:
-        hf_names(spec, unit)  # fills a cache, for which modules are made that cannot be fake
+    list(stage.tensors())  # fills a cache of shapes, for which modules are made that cannot be fake
     with FakeTensorMode(), Tracker() as tracker:
         stage.device = device
         real: dict[int, nn.Parameter] = {}
@@ -179,7 +182,7 @@ def _rehearse(
         executor = Executor(stage, alone_row(stage, micro_batches), still_edges(stage), rows, length)
         tokens = torch.zeros(micro_batches * rows, length, dtype=torch.int64)
         before = tracker.peak = tracker.now
-        executor.step(Batch(tokens, tokens, 1))
+        executor.step(Batch(tokens, tokens, 1, tokens if documents else None))
         del gradients
         return weights, tracker.peak - before
 

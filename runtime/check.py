@@ -85,7 +85,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     need = estimate(
         spec, units, plan[place.stage], rows=config.micro_batch_size, length=config.seq_length, dtype=dtype,
         device=device, recompute=config.recompute, optimizer=config.optimizer, offload=config.use_offload,
-        shards=topology.replicas if config.dp_mode == "zero1" else 1,
+        shards=topology.replicas if config.dp_mode == "zero1" else 1, documents=config.document_mask,
     )  # fmt: skip
     pools = {
         host_pool(): [free_host_memory(), need.on_host if device.type == "cuda" else need.on_host + need.on_device]

@@ -25,7 +25,7 @@ from .config import Config
 from .optim import Optimizer
 
 CONNECTIONS = 4
-_ROUNDS, _LONG_ENOUGH_S = 3, 1.0
+_ROUNDS, _LONG_ENOUGH_S = 3, 2.0
 _SAMPLE_S = 1.0
 """A sum over replicas that would take longer is measured by a smaller one."""
 
@@ -57,8 +57,11 @@ def edges_of(config: Config, topology: Topology, message_bytes: int) -> Iterator
         peers = topology.peers(stage)
         for source, target in zip(peers, (*peers[1:], peers[0]), strict=True):
             yield Edge("replicas", source, target, name := f"replicas of stage {stage}", name)
-    for kind, stage in (("tokens", 0), ("labels", topology.stages - 1)):
-        for rank in topology.peers(stage):
+    fed = [("tokens", topology.peers(0)), ("labels", topology.peers(topology.stages - 1))]
+    if config.document_mask:
+        fed.append(("positions", tuple(range(topology.world))))
+    for kind, ranks in fed:
+        for rank in ranks:
             if rank != 0:
                 yield Edge("data", 0, rank, name := f"{kind}→{rank}", name)
 
@@ -188,20 +191,20 @@ def _computed(
     optimizer.adopt()
     seconds: dict[str, float] = {}
 
-    def record(lane: str, _name: str, start: float, _end: float) -> None:
-        _wait_for(device)  # a device's work has only been queued by then
-        seconds[lane] = time.perf_counter() - start
+    def record(lane: str, _name: str, start: float, end: float) -> None:
+        seconds[lane] = end - start
 
     executor = Executor(
         stage, alone_row(stage, 1), still_edges(stage), config.micro_batch_size, config.seq_length, record
     )
     tokens = torch.ones(config.micro_batch_size, config.seq_length, dtype=torch.int64)
-    batch = Batch(tokens, tokens, tokens.numel())
+    batch = Batch(tokens, tokens, tokens.numel(), tokens if config.document_mask else None)
     times: list[tuple[float, float, float]] = []
     begun = time.perf_counter()
     while len(times) <= _ROUNDS or time.perf_counter() - begun < _LONG_ENOUGH_S:
         executor.step(batch)
         _wait_for(device)
+        executor.watch.settle()
         start = time.perf_counter()
         optimizer.gradients.zero()
         optimizer.square_sum()

@@ -40,7 +40,7 @@ def find_network(config: Config, environ: Mapping[str, str] = os.environ) -> Net
         _check_master(config, wire, master)
     else:
         wire = interface_towards(master, port)
-        said = f"the route to rank 0 takes {wire.name}, and no --net-interface says otherwise"
+        said = f"{wire.name}, which the route to rank 0 takes where no --net-interface is given"
     _check_environment(config, wire.name, said, environ, any_backend=bool(config.net_interface))
     if not config.dp_net_interface:
         return Network(wire, wire, bool(config.net_interface))

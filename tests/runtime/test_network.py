@@ -86,7 +86,7 @@ def test_what_the_environment_permits(variable: str, value: str, fits: bool) -> 
         ("--net-interface wan0", "GLOO_SOCKET_IFNAME", "lan0", "=lan0 contradicts --net-interface wan0"),
         ("--net-interface wan0", "NCCL_SOCKET_IFNAME", "=lan0", "==lan0 contradicts --net-interface wan0"),
         ("--dp-net-interface lan0", "GLOO_SOCKET_IFNAME", "wan0", "=wan0 contradicts --dp-net-interface lan0"),
-        ("", "GLOO_SOCKET_IFNAME", "lan0", "=lan0 contradicts the route to rank 0 takes wan0"),
+        ("", "GLOO_SOCKET_IFNAME", "lan0", "=lan0 contradicts wan0, which the route to rank 0 takes"),
     ],
 )
 def test_a_contradicting_environment_is_named(extra: str, variable: str, value: str, words: str) -> None:
