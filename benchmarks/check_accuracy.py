@@ -1,6 +1,7 @@
 """What --check says a step will take, against what steps take: python benchmarks/check_accuracy.py
 
 Each case is a network of its own, in the lab (tests/lab; it needs root): first --check, then a run with the same flags.
+It needs two cores that nobody else uses: what others do between the two shows as an error of the simulation.
 """
 
 from __future__ import annotations
@@ -41,15 +42,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"hosts": 2, "rate_mbit": [[0, 100], [20, 0]], "delay_ms": 20},
         {"pp_mode": "1f1b", **GPIPE_2},
     ),
-    (
-        "2 × 2: 100 Mbit/s, 5 ms; between replicas 200 Mbit/s, 2 ms",
-        {
-            "hosts": 4,
-            "rate_mbit": [[0, 100, 200, 100], [100, 0, 100, 200], [200, 100, 0, 100], [100, 200, 100, 0]],
-            "delay_ms": [[0, 5, 2, 5], [5, 0, 5, 2], [2, 5, 0, 5], [5, 2, 5, 0]],
-        },
-        {"data_group_size": 2, **GPIPE_2},
-    ),
+    ("2 replicas, 200 Mbit/s, 2 ms", {"hosts": 2, "rate_mbit": 200, "delay_ms": 2}, {"data_group_size": 2}),
 ]
 
 

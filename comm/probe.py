@@ -19,6 +19,7 @@ from .link import WINDOW, Receiver, Sender
 _ROUNDS = 5
 _FIRST, _MOST = 1 << 16, 1 << 26  # bytes of the first and of the largest stream
 _ENOUGH_S = 0.7
+_REST_S = 0.3  # and a round trip: as long as makes TCP careful again, its retransmission time at the least
 _SHORT, _LONGEST_S = 8, 3.0  # messages of a burst, and how long it may take
 _HOST = torch.device("cpu")
 
@@ -102,7 +103,7 @@ class Probe:
         """Seconds of the wire for the first, then between the arrivals of each and the one before."""
         self._say(self.there, size, count)
         self._hear(self.back)
-        time.sleep(0.3 + round_trip)  # as long as makes TCP careful again: its retransmission time, at the least
+        time.sleep(_REST_S + round_trip)
         sender = Sender(self.there, self.target, RawCodec(), self.lanes[0], self.timeout_s)
         payload = torch.zeros(size, dtype=torch.uint8)
         start = time.perf_counter()

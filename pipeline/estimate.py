@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..comm.lane import Ticket
+from ..modules.layers import unit_shapes
 from ..modules.spec import ModelSpec
 from .executor import Batch, Edges, Executor
 from .gradients import Gradients
@@ -145,6 +146,9 @@ def estimate(
     elements, work = sum(sizes), one[1] - kept
     if dtype != torch.float32:  # a gradient, and its fp32 copy on the way to its sum, which no tracker sees
         work = max(work, (dtype.itemsize + 4) * max(sizes))
+    if device.type == "cpu":  # loading holds one unit twice, before there are activations
+        largest = max(sum(shape.numel() for shape in unit_shapes(spec, unit).values()) for unit in units)
+        work = max(work, 4 * largest - live * kept)
     apart = dtype != torch.float32 or offload
     message = rows * length * spec.width * dtype.itemsize
     ends = (units.start > 0) + (units.stop < spec.unit_count)

@@ -15,7 +15,7 @@ MESSAGE = 200_000
 
 
 def both_directions(me: Peer) -> list[dict[str, Any]]:
-    room._MOST = 1 << 20
+    room._MOST, room._REST_S = 1 << 20, 0.0
     names = ("there", "back", "more 0", "more 1", "more 2")
     there, back, *more = (me.group(name) for name in names)
     lanes = [ThreadLane(name) for name in names[2:]]

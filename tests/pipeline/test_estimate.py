@@ -129,11 +129,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="o
 def test_the_parts_add_up_to_what_is_used(number: int, tmp_path: Path) -> None:
     need = estimated(number)
     for real in play(peak_without_holes, ranks_of(number), tmp_path).values():
-        assert 0.93 < (need.on_device - need.heap) / real < 1.07, f"{need} against {real / 2**20:.1f} MiB"
+        # Below: what libraries take inside an operation, such as weights in another order for 16-bit products.
+        assert 0.9 < (need.on_device - need.heap) / real < 1.05, f"{need} against {real / 2**20:.1f} MiB"
 
 
 @linux
-@pytest.mark.parametrize("number", [1, 3, 5, 7, 8], ids=name_of)
+@pytest.mark.parametrize("number", [3, 5, 6, 8], ids=name_of)
 def test_the_estimate_is_within_15_percent_of_the_peak(number: int, tmp_path: Path) -> None:
     need = estimated(number)
     for real in play(peak, ranks_of(number), tmp_path).values():

@@ -26,7 +26,7 @@ Flags = Callable[..., dict[str, Any]]
 
 def be_quick() -> None:
     """The least that can be measured."""
-    probe._ENOUGH_S, probe._MOST = 0.01, 1 << 17
+    probe._ENOUGH_S, probe._MOST, probe._REST_S = 0.01, 1 << 17, 0.0
     measure._LONG_ENOUGH_S, measure._ROUNDS = 0.0, 1
 
 
