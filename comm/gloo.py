@@ -35,7 +35,9 @@ def _reason(error: RuntimeError | TimeoutError) -> str:
 
 
 def _is_timeout(error: RuntimeError | TimeoutError) -> bool:
-    return isinstance(error, TimeoutError) or "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    said = str(error).lower()
+    # Where a connection is refused, the process is gone: Gloo says that it "timed out" after its last attempt.
+    return "refused" not in said and (isinstance(error, TimeoutError) or "timed out" in said or "timeout" in said)
 
 
 class GlooGroup:

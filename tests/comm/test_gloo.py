@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from farspan.comm.errors import LinkTimeout
-from farspan.comm.gloo import GlooGroup
+from farspan.comm.gloo import GlooGroup, _is_timeout
 from farspan.comm.lane import ThreadLane
 from peers import Peer, Told, error_of, play
 from torch import Tensor
@@ -187,3 +187,16 @@ def test_a_larger_group_cannot_say_who_was_missing(tmp_path: Path) -> None:
         GlooGroup(FileStore(str(tmp_path / "meeting"), 3), "x", (3, 7, 8), 3, "lo", 0.1)
     assert caught.value.peer is None
     assert str(caught.value).startswith("rank 3: timed out waiting for a peer (interface lo, connecting, after ")
+
+
+@pytest.mark.parametrize(
+    ("said", "timeout"),
+    [
+        ("Timed out waiting 6000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),
+        ("timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:24983$1", False),
+        ("Connection closed by peer [127.0.0.1]:3510", False),
+    ],
+)
+def test_what_gloo_says_of_a_peer_that_is_gone_and_of_one_that_is_slow(said: str, timeout: bool) -> None:
+    assert _is_timeout(RuntimeError(said)) == timeout

@@ -99,7 +99,7 @@ def kills() -> list[Fault]:
 
 def stops() -> list[Fault]:
     """SIGSTOP of each position in each phase; all end when it is woken again."""
-    suite = {(0, "in a step"), (2, "in evaluation"), (0, "in a checkpoint"), (1, "while connecting")}
+    suite = {(0, "in a step"), (2, "in evaluation"), (1, "while connecting")}
     return [
         Fault(
             f"stop rank {rank} {phase}",
@@ -191,7 +191,7 @@ def lost_ways() -> list[Fault]:
         ),
         Fault(
             "slow link", "a link so slow that one message outlasts the patience", "", goes_on=True,
-            lab={"hosts": 3, "rate_mbit": [[None, 0.3, 50], [0.3, None, 50], [50, 50, None]], "delay_ms": 20,
+            lab={"hosts": 3, "rate_mbit": [[None, 0.35, 50], [0.35, None, 50], [50, 50, None]], "delay_ms": 20,
                  "queue_ms": 3000, "mtu": 1500},
             flags={"evaluation_data": None, "evaluation_steps": None, "total_steps": 1, "seq_length": 64,
                    "batch_size": 16, "micro_batch_size": 16},
