@@ -34,6 +34,7 @@ from farspan.comm.link import WINDOW, Receiver, Sender
 from farspan.comm.rendezvous import Rendezvous
 from farspan.comm.topology import Topology
 from farspan.runtime.config import Config
+from farspan.runtime.network import find_network
 from farspan.runtime.prepare import keep_freed_memory
 from farspan.runtime.wiring import connect
 from torch.distributed import FileStore
@@ -90,15 +91,18 @@ def _rank(act: Callable[..., Any], host: Host | None, rank: int, gate: Connectio
 # ---- set-up
 
 
-def set_up(rank: int, url: str, interface: str) -> tuple[float, float, float]:
+def set_up(rank: int, url: str) -> tuple[float, float, float]:
     """Seconds until all have agreed, from there until this rank has its groups, and of a vote (median of 5)."""
     topology = Topology(REPLICAS, STAGES)
-    config = Config(rank=rank, world_size=topology.world, pipeline_group_size=STAGES, data_group_size=REPLICAS)
+    config = Config(
+        rank=rank, world_size=topology.world, pipeline_group_size=STAGES, data_group_size=REPLICAS, dist_url=url
+    )
+    network = find_network(config)
     start = time.monotonic()
-    meeting = Rendezvous(url, rank, topology.world, timeout_s=PATIENCE_S, on_hopeless=sys.exit)
+    meeting = Rendezvous(url, rank, topology.world, timeout_s=PATIENCE_S, on_hopeless=sys.exit, via=network.wire)
     meeting.agree({"who": "all of us"})
     met = time.monotonic()
-    wires = connect(config, topology, meeting, interface, True, torch.device("cpu"), None)
+    wires = connect(config, topology, meeting, network, True, torch.device("cpu"), None)
     times = [time.monotonic()]
     assert wires.world is not None
     for _ in range(6):
@@ -115,8 +119,8 @@ def time_set_up(times: int, hosts: Sequence[Host] | None = None) -> tuple[float,
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        place, interface = (hosts[0].address, hosts[0].interface) if hosts else ("127.0.0.1", "lo")
-        answers = play(STAGES * REPLICAS, set_up, f"tcp://{place}:{port}", interface, hosts=hosts)
+        url = f"tcp://{hosts[0].address if hosts else '127.0.0.1'}:{port}"
+        answers = play(STAGES * REPLICAS, set_up, url, hosts=hosts)
         joins, groups, votes = (max(column) for column in zip(*answers, strict=True))
         slowest.append((joins, groups, max(join + group for join, group, _ in answers), votes))
     return tuple(map(median, zip(*slowest, strict=True)))

@@ -6,11 +6,13 @@ import errno
 import json
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
+from .lane import ThreadLane
 from .liveness import Liveness
 from .store import KeysMissing, StoreClient, StoreServer
 
@@ -56,12 +58,16 @@ class Rendezvous:
         if rank == 0:
             host = self._own_address(host, via)
             self._server = self._serve(host, port, secret)
+        # Two connections, made at once, since each takes three round trips: heartbeats must not wait behind anything.
+        dialling = ThreadLane("dialling")
+        watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
         self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
+        watch = watching.get()
+        dialling.close()
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
-        watch = StoreClient(host, port, rank, secret, patience_s, leave_by)
         name = via.name if via is not None else ""
         self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         # News of a failure ends every wait for the store, also Gloo's while it connects.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,29 @@ def test_receives_are_posted_before_anyone_asks(
         assert end.recv().get().item() == at
         assert received() == min(at + 1 + depth, 6)
     assert set(b.operations) == {"receiving data"}
+
+
+def test_receives_are_posted_while_the_lane_is_busy(ends: tuple[MemoryGroup, MemoryGroup], lane: ThreadLane) -> None:
+    """The sender waits for the word that its message is expected: over a long way that word must leave early."""
+    gate = threading.Event()
+    lane.submit(lambda: gate.wait(20))
+    receiver(ends[1], 0, lane, depth=3).expect(5, (1,), torch.int64, "data")
+    assert ends[1].operations == ["receiving data"] * 3
+    for _ in range(3):
+        ends[0].send(torch.tensor([1]).view(torch.uint8), 1, timeout_s=1)
+    gate.set()
+
+
+@pytest.mark.parametrize(("window", "posted"), [(0, 2), (23, 2), (24, 3), (40, 5), (1000, 6)])
+def test_small_messages_are_posted_as_many_as_fit_the_window(
+    ends: tuple[MemoryGroup, MemoryGroup], lane: ThreadLane, window: int, posted: int
+) -> None:
+    for at in range(6):
+        ends[0].send(torch.tensor([at]).view(torch.uint8), 1, timeout_s=1)
+    end = Receiver(ends[1], 0, RawCodec(), lane, 20.0, device=CPU, window=window)
+    end.expect(6, (1,), torch.int64)
+    assert len(ends[1].operations) == posted
+    assert [end.recv().get().item() for _ in range(6)] == list(range(6))
 
 
 def test_expectations_add_up_in_order(ends: tuple[MemoryGroup, MemoryGroup], lane: ThreadLane) -> None:

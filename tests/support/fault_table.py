@@ -18,14 +18,14 @@ from typing import Any
 from faults import PHASES, other_version, signalled, slow_to_save
 from launch import Run
 
-PERIOD_S, PATIENCE_S, JOIN_S = 0.25, 2.5, 4.0
+PERIOD_S, PATIENCE_S, JOIN_S = 0.25, 2.5, 3.0
 BEYOND_S = 10.0
 """How much later than what is waited for a rank may end."""
 STORE_PORT = 7033
 AGAIN = "start all ranks again, and they resume"
 SILENT = f"is its process stopped, its host down, or a firewall on the way over …? Try ping, then {AGAIN}"
 
-Act = Callable[[Any, Run], None]
+Act = Callable[[Any, Run], object]
 """Does something to the hosts of a lab, or to a run, once it has come to its third step."""
 
 
@@ -146,6 +146,20 @@ def lost_ways() -> list[Fault]:
                  lambda hosts, run: hosts.cut(1, 2, one_way=True)),
         lost_way("cut one way back", "the same, one way only (gradients do not arrive)", "1/2",
                  lambda hosts, run: hosts.cut(2, 1, one_way=True), in_suite=False),
+        lost_way("cut in a checkpoint", "the same, in a checkpoint", "1/2",
+                 lambda hosts, run: hosts.cut(1, 2), hit={2: partial(slow_to_save, 20.0)},
+                 flags={"checkpoint_steps": 1, "evaluation_steps": 1}, in_suite=False),
+        lost_way("cut between replicas", "the same, between two replicas", "1/2",
+                 lambda hosts, run: hosts.cut(1, 2), stages=1, replicas=3, in_suite=False),
+        lost_way("host vanishes", "a host vanishes: all its links are cut", "0/1/2",
+                 lambda hosts, run: (hosts.cut(0, 1), hosts.cut(1, 2)), (1,), in_suite=False),
+        Fault(
+            "cut of the replicas' interface", "the replicas' own interface (`--dp-net-interface`) is cut off",
+            f"rank ‹0/1›: no sign of life from rank ‹0/1› (interface lan0, …, after … s): …{SILENT}",
+            stages=1, replicas=2, lab={"hosts": 2, "interfaces": {"wan0": {"delay_ms": 5}, "lan0": {"delay_ms": 1}}},
+            flags={"net_interface": "wan0", "dp_net_interface": "lan0"}, waits="--heartbeat-patience", in_suite=False,
+            act=lambda hosts, run: hosts.cut(0, 1, interface="lan0"),
+        ),
         lost_way("cut to the master", "the link to the master is cut", "0/2",
                  lambda hosts, run: hosts.cut(0, 2), (2,)),
         lost_way("cut one way from the master", "the link from the master is cut, one way", "0/1",
@@ -165,7 +179,7 @@ def lost_ways() -> list[Fault]:
         ),
         Fault(
             "interface without an address", "the named interface has no address",
-            "rank 0: no sign of rank 1 within 4 s at … (handshake); were all 3 ranks started?",
+            "rank 0: no sign of rank 1 within 3 s at … (handshake); were all 3 ranks started?",
             lab=LINK, before=lambda hosts, run: hosts[1].drop_address(), flags={"net_interface": "wan0"},
             apart={1: "rank 1: interface wan0 has no address; name one that reaches the others; this machine has: …"},
             waits="--join-timeout",
@@ -195,10 +209,10 @@ def starts() -> list[Fault]:
               apart={1: "rank 1: … does not answer as farspan's rank 0 does, or has another secret (--secret-file); "
                         "is another program, or another run, at --dist-url?"}, stages=2, seconds=5),
         Fault("no master", "the master is not started, or its port is closed",
-              "rank … cannot reach the master at … within 4 s (…); is rank 0 running there, and the port open?",
+              "rank … cannot reach the master at … within 3 s (…); is rank 0 running there, and the port open?",
               ranks=(1, 2), waits="--join-timeout"),
         Fault("missing rank", "a rank is not started",
-              "rank 0: no sign of rank 2 within 4 s at … (handshake); were all 3 ranks started?",
+              "rank 0: no sign of rank 2 within 3 s at … (handshake); were all 3 ranks started?",
               ranks=(0, 1), waits="--join-timeout"),
         Fault("two processes with one rank", "two processes with one rank",
               "rank 1: two processes were started with --rank 1; see your hosts' launch scripts",
