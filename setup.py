@@ -27,6 +27,7 @@ setup(
             "datasets>=4",
             "zstandard>=0.22",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.10",

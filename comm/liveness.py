@@ -78,9 +78,8 @@ class Liveness:
             line = line_of(self.rank, error)
             try:
                 with self._lock:
-                    # Who is silent to this rank may still hear rank 0, which must then wait for it.
-                    unheard = isinstance(error, PeerSilent) and self.rank != 0
-                    lost = error.peer if isinstance(error, PeerLost) and not unheard else None
+                    # Who is silent on one connection may still hear rank 0, which must then wait for it.
+                    lost = error.peer if isinstance(error, PeerLost) and not isinstance(error, PeerSilent) else None
                     mine = {"rank": self.rank, "line": line, "lost": lost}
                     first = self._store.compare_set(_FAILURE, "", json.dumps(mine))
                 self._learn(first)

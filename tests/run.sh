@@ -11,4 +11,5 @@ ruff format --check .
 mkdir -p .venv/types && ln -sfn "$PWD" .venv/types/farspan
 (cd .venv/types && mypy --config-file farspan/pyproject.toml --cache-dir farspan/.mypy_cache \
     -p farspan.comm -p farspan.modules -p farspan.pipeline -p farspan.runtime -p farspan.converters)
-python -m pytest -q "$@"
+# Two files of tests at a time: much of what they do is to wait for deadlines.
+python -m pytest -q -n 2 --dist loadfile "$@"
