@@ -28,9 +28,9 @@ _HOST = torch.device("cpu")
 class EdgeFigures:
     """One direction. Rates in bytes/s: of one connection, and of `connections` together.
 
-    `burst_s`: what the k-th of several messages of `message_bytes`, sent in a row after a rest, takes of the wire; the
-    later ones are all like the last. `turn_s`: between two messages the wire rests so long, until the receiver says
-    that it is ready for the next.
+    `burst_s`: what the k-th of several messages of `message_bytes`, sent in a row after a rest, takes of the wire, and
+    then the mean of those behind the first, for all later ones. `turn_s`: between two messages the wire rests so long,
+    until the receiver says that it is ready for the next.
     """
 
     round_trip_s: float
@@ -75,8 +75,10 @@ class Probe:
         turn = statistics.median(gaps)
         self._burst(size, count, round_trip)  # in which TCP learns the way, as it does in the first steps of a run
         first, *later = self._burst(size, count, round_trip)
-        burst = (first + rest, *(max(gap - turn, 0.0) + rest for gap in later))
-        return EdgeFigures(round_trip, one, many, len(self.more), message_bytes, burst, turn)
+        burst = [first + rest, *(max(gap - turn, 0.0) + rest for gap in later)]
+        # A lost packet holds one message back, and the next ones come all at once behind it: hence the mean.
+        burst.append(statistics.fmean(burst[1:] or burst))
+        return EdgeFigures(round_trip, one, many, len(self.more), message_bytes, tuple(burst), turn)
 
     def _ping(self) -> float:
         start = time.perf_counter()

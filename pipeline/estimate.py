@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..comm.lane import Ticket
+from ..comm.link import WINDOW
 from ..modules.layers import unit_shapes
 from ..modules.spec import ModelSpec
 from .executor import Batch, Edges, Executor
@@ -152,8 +153,10 @@ def estimate(
     apart = dtype != torch.float32 or offload
     message = rows * length * spec.width * dtype.itemsize
     ends = (units.start > 0) + (units.stop < spec.unit_count)
+    count = sum(action.op is Op.FORWARD for action in row)
+    arriving = min(count * message, max(2 * message, WINDOW))
     masters, moments = (int(x * elements / shards) for x in (4 * apart, _MOMENTS[optimizer]))
-    held = (stage_bytes, masters, 4 * elements, moments, live * kept, work, 4 * ends * message)
+    held = (stage_bytes, masters, 4 * elements, moments, live * kept, work, ends * (arriving + 2 * message))
     return Estimate(*held, int(HEAP_SHARE * sum(held)) if device.type == "cpu" else 0, offload)
 
 

@@ -103,7 +103,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     wires = connect(config, topology, meeting, network, spec.tied, device, None)
     if config.rank == 0:
         log.info("--check: measuring the network")
-    edges = list(edges_of(config, topology, message))
+    edges = list(edges_of(config, topology, plan, message))
     rounds = in_rounds(edges, [rank["network"] for rank in ranks])
     found = measure_network(config, topology, wires, meeting, rounds)
     found["sums"] = asdict(_sums(config, spec, units, wires, topology, place.stage))

@@ -20,6 +20,7 @@ from ..modules.layers import init_unit, unit_shapes
 from ..modules.spec import ModelSpec
 from ..pipeline.estimate import alone_row, still_edges
 from ..pipeline.executor import Batch, Executor
+from ..pipeline.schedule import Plan, live_activations
 from ..pipeline.stage import Stage
 from .config import Config
 from .optim import Optimizer
@@ -34,7 +35,7 @@ _SAMPLE_S = 1.0
 class Edge:
     """A directed edge of the run: the groups that carry it and what comes back (perhaps the same one).
 
-    `kind`: pipeline, replicas or data; `messages` of `message_bytes` are what a step sends in a row.
+    `kind`: pipeline, replicas or data; up to `messages` of `message_bytes` are under way at once in a step.
     """
 
     kind: str
@@ -46,13 +47,14 @@ class Edge:
     messages: int = 0
 
 
-def edges_of(config: Config, topology: Topology, message_bytes: int) -> Iterator[Edge]:
+def edges_of(config: Config, topology: Topology, plan: Plan, message_bytes: int) -> Iterator[Edge]:
     """Every edge: between stages both ways, between replicas around the ring, and from rank 0 to where data goes."""
     for replica in range(topology.replicas):
-        for a, b in pairwise(topology.pipeline(replica)):
+        for stage, (a, b) in enumerate(pairwise(topology.pipeline(replica))):
+            messages = live_activations(plan[stage])
             for source, target in ((a, b), (b, a)):
                 there, back = f"{source}→{target}", f"{target}→{source}"
-                yield Edge("pipeline", source, target, there, back, message_bytes, config.micro_batches)
+                yield Edge("pipeline", source, target, there, back, message_bytes, messages)
     for stage in range(topology.stages if topology.replicas > 1 else 0):
         peers = topology.peers(stage)
         for source, target in zip(peers, (*peers[1:], peers[0]), strict=True):

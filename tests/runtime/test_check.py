@@ -13,6 +13,7 @@ import pytest
 from farspan.comm import probe
 from farspan.comm.topology import Topology
 from farspan.converters.hf import import_hf
+from farspan.pipeline.schedule import gpipe, one_f_one_b
 from farspan.runtime import check as room
 from farspan.runtime import measure
 from farspan.runtime.check import file_problems, memory_problems
@@ -163,12 +164,15 @@ def test_files_that_differ_are_named_once() -> None:
 
 def test_edges_are_measured_together_only_where_no_host_has_two() -> None:
     config = Config(pipeline_group_size=2, data_group_size=2, batch_size=8, micro_batch_size=2)
-    edges = list(edges_of(config, Topology(2, 2), 100))
+    edges = list(edges_of(config, Topology(2, 2), gpipe(2, 4), 100))
     ends = [(edge.kind, edge.source, edge.target) for edge in edges]
     pipeline = [("pipeline", *pair) for pair in ((0, 1), (1, 0), (2, 3), (3, 2))]
     replicas = [("replicas", *pair) for pair in ((0, 2), (2, 0), (1, 3), (3, 1))]
     assert ends == [*pipeline, *replicas, *[("data", 0, rank) for rank in (2, 1, 3)]]
     assert (edges[0].message_bytes, edges[0].messages) == (100, 4)
+    # There and back, as many as the first of the two stages keeps alive.
+    far = edges_of(config, Topology(1, 3), one_f_one_b(3, 8, ahead=2), 100)
+    assert [edge.messages for edge in far if edge.kind == "pipeline"] == [5, 5, 3, 3]
     rounds = in_rounds(edges, ["a", "b", "c", "d"])
     assert sorted((e.kind, e.source, e.target) for members in rounds for e in members) == sorted(ends)
     assert [(e.source, e.target) for e in rounds[0]] == [(0, 1), (2, 3)]
