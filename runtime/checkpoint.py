@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
+from ..modules.checksums import checksum
 from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
@@ -321,8 +321,7 @@ def _tied_checksum(optimizer: Optimizer) -> int | None:
         if tensor.shared:
             # Shards of the fp32 weights are cut in different places on the two stages: then the rounded ones must do.
             state = {} if optimizer.sharded else optimizer.state(index)
-            weight = state.get("master", tensor.parameter.detach())
-            return zlib.crc32(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+            return checksum(state.get("master", tensor.parameter))
     return None
 
 

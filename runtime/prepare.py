@@ -6,12 +6,14 @@ import ctypes
 import hashlib
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import __version__
+from ..comm.errors import Mismatch
 from ..comm.rendezvous import Rendezvous
 from ..comm.transport import prepare
 from ..modules.layers import init_unit
@@ -200,3 +202,17 @@ def fill(
             init_unit(layer, spec, unit, config.seed)
         optimizer.adopt()
     return Progress()
+
+
+def same_weights(ranks: Sequence[Mapping[str, int]]) -> None:
+    """`ranks`: what each has loaded, name → checksum. Replicas and the copies of a tied matrix must begin alike: later
+    they only ever exchange gradients, and would train two models to neither. Raises `Mismatch`."""
+    first: dict[str, tuple[int, int]] = {}
+    for rank, sums in enumerate(ranks):
+        for name, found in sums.items():
+            other, seen = first.setdefault(name, (rank, found))
+            if found != seen:
+                raise Mismatch(
+                    f"the weights differ: {name} is not the same on rank {other} and rank {rank}; give all ranks the "
+                    "same files (--check names those that differ)"
+                )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..comm.errors import InterfaceError, WireError, line_of
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
+from ..modules.checksums import checksum
 from ..modules.shards import ShardError, ShardStore
 from ..modules.spec import ModelSpec, SpecError
 from ..pipeline.executor import Executor
@@ -51,6 +52,7 @@ from .prepare import (
     make_plan,
     open_vocabulary,
     pick_device,
+    same_weights,
     settle,
     share_threads,
     versions,
@@ -204,7 +206,10 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
-    facts = meeting.exchange("loaded", facts, config.wire_timeout)[0]
+    sums = {tensor.hf_name: checksum(tensor.parameter) for tensor in optimizer.tensors}
+    ranks = meeting.exchange("loaded", {"held out": facts, "weights": sums}, config.wire_timeout)
+    same_weights([rank["weights"] for rank in ranks])
+    facts = ranks[0]["held out"]
     if facts is not None:
         progress = compared_on(progress, facts[2])
     if reason := enough(config, progress):

@@ -126,5 +126,11 @@ def test_weights_of_another_shape(flags: Flags, model: Path, tmp_path: Path) -> 
     fails(flags(model_name=other), 0, "model.safetensors", "128", "64")
 
 
+def test_two_versions_of_a_tied_matrix(flags: Flags, tmp_path: Path) -> None:
+    here, there = (make_model(tmp_path / str(seed), "llama", seed=seed, tie_word_embeddings=True) for seed in (1, 2))
+    told = "the weights differ: model.embed_tokens.weight is not the same on rank 0 and rank 1"
+    fails(flags(model_name=here), 0, told, by_rank={1: {"model_name": there}})
+
+
 def test_diverging(flags: Flags) -> None:
     fails(flags(lr=1e30, max_grad_norm=0, total_steps=40), 0, "gradient norm", "lower --lr")

@@ -37,6 +37,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_tokenizer(folder / "large", extra=100)
     return {
         "{other model}": make_model(folder / "other", layers=4),
+        "{other weights}": make_model(folder / "again", seed=2),
         "{large tokenizer}": folder / "large",
         "{held out}": make_task(folder / "held.jsonl", lines=4, seed=5),
     }

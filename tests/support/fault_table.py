@@ -226,6 +226,10 @@ def starts() -> list[Fault]:
         Fault("different models", "different models",
               "rank …: the model's config.json differs: rank 0 has …, rank 2 has …; give all ranks the same",
               by_rank={2: {"model_name": "{other model}"}}),
+        Fault("different weights", "different weights of one model",
+              "rank …: the weights differ: … is not the same on rank 0 and rank 1; give all ranks the same files "
+              "(--check names those that differ)",
+              stages=1, replicas=2, by_rank={1: {"model_name": "{other weights}"}}),
         Fault("tokenizer of another model", "the tokenizer of another model",
               "rank 0: --tokenizer-name … has 123 tokens, more than the model's vocabulary of 64",
               by_rank={0: {"tokenizer_name": "{large tokenizer}"}}),
