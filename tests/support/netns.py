@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -11,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import namespaces
 import pytest
-
-_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,7 @@ class Host:
 
     def enter(self) -> None:
         """Move this thread, and those that it will start, into it."""
-        handle = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(handle, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
-        os.close(handle)
+        namespaces.enter(f"/proc/{self.pid}/ns/net")
 
     def sent(self) -> dict[str, int]:
         """Interface → bytes sent."""
