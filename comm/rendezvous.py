@@ -33,8 +33,8 @@ class Rendezvous:
     """This rank's place at the meeting. Every wait ends after `timeout_s` seconds, or when a rank has failed.
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
-    translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
-    Connections to the store leave by `leave_by` [by the route].
+    translating router) that of the interface `leave_by`. `secret`: what all ranks must share to be let in.
+    Connections to the store leave by `leave_by` [by the route]; errors name `via`.
     `heartbeat_s`: period and patience of `Liveness`.
     """
 
@@ -56,7 +56,7 @@ class Rendezvous:
         self.where = f"{host}:{port}"
         self._server: StoreServer | None = None
         if rank == 0:
-            host = self._own_address(host, via)
+            host = self._own_address(host, leave_by)
             self._server = self._serve(host, port, secret)
         # Two connections, made at once, since each takes three round trips: heartbeats must not wait behind anything.
         dialling = ThreadLane("dialling")
@@ -124,22 +124,22 @@ class Rendezvous:
             if self._server is not None:
                 self._server.close()
 
-    def _own_address(self, host: str, via: Interface | None) -> str:
+    def _own_address(self, host: str, named: Interface | None) -> str:
         try:
-            named = [info[4][0] for info in socket.getaddrinfo(host, None)]
+            found = [info[4][0] for info in socket.getaddrinfo(host, None)]
         except (OSError, UnicodeError):
-            named = []
-        local = {address for found in interfaces().values() for address in found.addresses}
-        own = via.addresses if via is not None else ()
-        for address in sorted(named, key=lambda address: address not in own):
+            found = []
+        local = {address for each in interfaces().values() for address in each.addresses}
+        own = named.addresses if named is not None else ()
+        for address in sorted(found, key=lambda address: address not in own):
             if address in local:
                 return str(address)
-        if via is None:
+        if named is None:
             raise RendezvousError(
                 f"rank 0 cannot serve the rendezvous at {self.where}: that is no address of this machine. Start rank 0 "
                 "on the host that --dist-url names; behind a router, name --net-interface"
             )
-        return via.addresses[0]
+        return named.addresses[0]
 
     def _serve(self, address: str, port: int, secret: bytes) -> StoreServer:
         try:

@@ -58,7 +58,7 @@ class GridFlags:
         "", "network interface for all traffic [the one whose route reaches rank 0]", agree=False
     )
     use_cuda: str = _flag(
-        "", "true or false [true where there is a CUDA device]", choices=("true", "false"), agree=False
+        "", "compute on the CUDA device [true where there is one]", choices=("true", "false"), agree=False
     )
     cuda_id: int = _flag(0, "number of the CUDA device [LOCAL_RANK or SLURM_LOCALID]", agree=False)
     dist_backend: str = _flag(
@@ -104,7 +104,7 @@ class DataFlags:
         "auto", "a token at each document's end; auto: as the tokenizer does", choices=("auto", "yes", "no")
     )
     rows: str = _flag(
-        "packed", "packed: documents follow one another; padded: one a sequence", choices=("packed", "padded")
+        "packed", "packed: documents follow one another; padded: each in a sequence of its own", choices=("packed", "padded")
     )
     special_tokens: str = _flag(
         "", 'JSON file of tokens to add to tokenizer and model: {"tokens": ["<START_Q>", …]}', agree=False
@@ -311,9 +311,11 @@ def flag_options(f: Field[Any], kind: type | None = None) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="dist_train.py",
-        usage="dist_train.py --model-name DIR --task-name a.jsonl --checkpoint-path DIR --total-steps N [flags]",
+        usage="dist_train.py --model-name DIR --task-name a.jsonl --checkpoint-path DIR --total-steps N\n"
+        "                     --dist-url tcp://HOST:PORT --rank R [flags]",
         description="Fine-tune a GPT-J, GPT-NeoX or Llama model. Start one process a GPU, each with its own --rank.",
-        epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master.",
+        epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master. "
+        "README.md has examples.",
         allow_abbrev=False,
     )
     for group in GROUPS:

@@ -98,7 +98,7 @@ def _rows_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-_TOLD = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s"}
+_TOLD = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "eval_loss", "eval_perplexity"}
 
 
 def _further(row: dict[str, Any]) -> str:

@@ -122,6 +122,8 @@ def run(config: Config) -> int:
         meeting.close()
         return 0
     except Exception as error:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it ends, once the others know why
         if config.debug:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
@@ -163,10 +165,12 @@ def tell(error: Exception, config: Config) -> None:
 
 def leave(line: str) -> None:
     """End the process with one line. Threads that are stuck in the wire must not keep it, so nothing is torn down."""
-    sys.stderr.write(f"\nfarspan: {line}\n")
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(1)
+    try:
+        sys.stderr.write(f"\nfarspan: {line}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+    finally:
+        os._exit(1)
 
 
 def train(config: Config, meeting: Rendezvous, signals: Signals, network: Network) -> None:
@@ -273,7 +277,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         usage=Usage(meter, device, topology),
     )
     if config.rank == 0:
-        log.info("training starts %.1f s after the process", time.time() - born)
+        log.info("training starts %.1f s after the process did", time.time() - born)
     signals.training = True
     progress, early = trainer.run(progress)
     feed.close()
