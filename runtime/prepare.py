@@ -38,6 +38,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 log = logging.getLogger("farspan")
 
 
+def open_model(config: Config) -> tuple[ShardStore | None, ModelSpec]:
+    """Where the pretrained weights lie, unless --load-pretrained-model false wants none, and what model it is."""
+    folder = Path(config.model_name)
+    store = ShardStore(folder) if config.load_pretrained_model else None
+    return store, store.spec if store is not None else ModelSpec.from_folder(folder)
+
+
 def check_model(config: Config, spec: ModelSpec) -> None:
     """Raises `ConfigError` where a flag says something else of the model than its config.json."""
     where = f"{config.model_name}/config.json"
@@ -177,7 +184,12 @@ def settle(
 
 
 def fill(
-    config: Config, spec: ModelSpec, store: ShardStore, stage: Stage, optimizer: Optimizer, checkpoints: Checkpoints
+    config: Config,
+    spec: ModelSpec,
+    store: ShardStore | None,
+    stage: Stage,
+    optimizer: Optimizer,
+    checkpoints: Checkpoints,
 ) -> Progress:
     """Fill the stage: from the latest checkpoint or --load-step's, or from the pretrained model, or at random."""
     step = checkpoints.find(stage.units, spec, config.load_step) if config.load_checkpoint else None
@@ -195,7 +207,7 @@ def fill(
                 "a run cannot change it halfway"
             )
         return progress
-    if config.load_pretrained_model:
+    if store is not None:
         load_weights(store, optimizer)
     else:
         for unit, layer in zip(stage.units, stage.layers, strict=True):

@@ -19,7 +19,7 @@ from ..comm.errors import InterfaceError, WireError, line_of
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
-from ..modules.shards import ShardError, ShardStore
+from ..modules.shards import ShardError
 from ..modules.spec import ModelSpec, SpecError
 from ..pipeline.executor import Executor
 from ..pipeline.partition import PartitionError, stage_units
@@ -50,6 +50,7 @@ from .prepare import (
     layer_split,
     make_evaluation_plan,
     make_plan,
+    open_model,
     open_vocabulary,
     pick_device,
     same_weights,
@@ -178,8 +179,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     born = psutil.Process().create_time()
     topology = Topology(config.data_group_size, config.pipeline_group_size)
     place = topology.coord(config.rank)
-    store = ShardStore(Path(config.model_name))
-    spec = store.spec
+    store, spec = open_model(config)
     check_model(config, spec)
     split = layer_split(config, spec)
     plan = make_plan(config)
@@ -223,7 +223,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if progress.step >= config.total_steps:
         if config.rank == 0:
             log.info(
-                "%s is at --total-steps %d already: nothing to do",
+                "%s is at or past --total-steps %d: nothing to do",
                 folder_of(config.checkpoints, progress.step), config.total_steps,
             )  # fmt: skip
         return
@@ -253,7 +253,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         row = lower(make_evaluation_plan(config))[place.stage]
         executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
         evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
-    if vocabulary is not None and vocabulary.added:
+    if vocabulary is not None and (vocabulary.added or not tokenizer.is_dir()):
         tokenizer = vocabulary.save(config.checkpoints / "tokenizer")
     trainer = Trainer(
         config,
@@ -280,6 +280,11 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         log.info("training starts %.1f s after the process did", time.time() - born)
     signals.training = True
     progress, early = trainer.run(progress)
+    if progress.applied == 0 and not early:
+        raise Diverged(
+            f"all {progress.updates} updates overflowed and were skipped: the weights are what they were. Try a lower "
+            "--initial-loss-scale (or --loss-scale)"
+        )
     feed.close()
     if profile is not None:
         trainer.executor.watch.settle()
@@ -304,6 +309,11 @@ def _save(
     rank: int,
     complete: Complete | None,
 ) -> None:
+    if (bad := optimizer.not_finite()) is not None:
+        raise Diverged(
+            f"after update {progress.updates} the weights are no longer finite ({bad}), and are not saved: try a lower "
+            "--lr, from the latest checkpoint on if there is one"
+        )
     folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer, complete)
     if rank == 0:
         log.info("saved %s", folder)
@@ -331,6 +341,8 @@ def _summary(progress: Progress, early: str, metrics: Metrics, config: Config) -
         how or "done", progress.step, config.total_steps, metrics.first_loss, metrics.last_loss,
         folder_of(config.checkpoints, progress.step),
     )  # fmt: skip
+    if progress.skipped:
+        log.info("%d of %d updates overflowed and were skipped", progress.skipped, progress.updates)
     if progress.best_loss is not None and progress.best_step is not None:
         log.info(
             "the best evaluation: loss %.4f, perplexity %.2f; that model is in %s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -96,3 +97,12 @@ def test_no_wait_outlasts_the_wire_timeout(flags: Flags) -> None:
     assert "receiving gradients" in ended[0].err
     assert "rank 1" in ended[0].err
     assert "after 2." in ended[0].err, ended[0].err
+
+
+def test_random_weights_need_none_on_disk(flags: Flags, model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "model.safetensors").unlink()
+    with Run(2, 1, flags(model_name=bare, load_pretrained_model="false", total_steps=2)) as run:
+        run.succeed()
+    assert (tmp_path / "ck" / "latest").read_text() == "2"
