@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from .tasks import TaskMixture
 from .tokenizer import Vocabulary
 from .validation import validate_length
 
+_DESCRIPTORS = 2**16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 log = logging.getLogger("farspan")
@@ -139,6 +141,20 @@ def share_threads(meeting: Rendezvous) -> str:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // ranks))
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
+
+
+def allow_descriptors() -> None:
+    """Raise this process's own limit on open files as far as its hard limit lets it, and a run could need.
+
+    Each connection between two ranks takes one, and so does each stranger at a port."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:  # a limit beside the hard one, as macOS has it
+        log.debug("the limit on open files stays %d: %s", soft, error)
 
 
 def keep_freed_memory() -> None:

@@ -42,6 +42,7 @@ from .open_tasks import open_tasks
 from .optim import Optimizer
 from .precision import LossScaler, compute_dtype
 from .prepare import (
+    allow_descriptors,
     check_model,
     describe,
     digest,
@@ -108,6 +109,7 @@ class Signals:
 def run(config: Config) -> int:
     """Run one rank whose flags are good. Returns 0; a rank that fails ends its process here."""
     meeting = None
+    allow_descriptors()
     try:
         signals = Signals()
         try:
