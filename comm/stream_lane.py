@@ -7,7 +7,8 @@ when its queues are full. The main thread only ever waits until a message's tran
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class StreamLane(ThreadLane):
         self._watch = StreamStopwatch(record, device) if record is not None else None
         super().__init__(name, check=check, on_error=on_error)
 
-    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
+    def submit(self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None) -> Ticket:
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
         ticket = StreamTicket(self._check, self._device)
@@ -74,7 +75,7 @@ class StreamLane(ThreadLane):
                 watch.stop(self.name, label, start)
             return value
 
-        self._queue.put((work, after, label, ticket))
+        self._queue.put((work, label, ticket))
         return ticket
 
     def close(self) -> None:
@@ -84,7 +85,8 @@ class StreamLane(ThreadLane):
             self._check()
             time.sleep(0.001)
 
-    def _work(self) -> None:
+    @contextmanager
+    def _place(self) -> Iterator[None]:
         torch.cuda.set_device(self._device)  # each thread has its own
         with torch.cuda.stream(self._stream):
-            super()._work()
+            yield

@@ -88,17 +88,6 @@ def test_streams_wait_for_each_other(streams: Streams) -> None:
     lane.close()
 
 
-def test_work_of_one_lane_after_that_of_another(streams: Streams) -> None:
-    first, second = StreamLane("first", DEVICE), StreamLane("second", DEVICE)
-    ticket = second.submit(lambda: streams.current().say("then"), first.submit(lambda: streams.current().say("first")))
-    ticket.get()
-    lane = streams.said["lane"]  # both have this name
-    first_done = lane[lane.index("first") + 1]
-    assert lane.index(f"wait for {first_done}") < lane.index("then")
-    for made in (first, second):
-        made.close()
-
-
 def test_after_a_failure_no_result_is_given_out(streams: Streams) -> None:
     failed: list[str] = []
 
@@ -127,6 +116,22 @@ def test_what_the_work_raises_reaches_the_ticket(streams: Streams) -> None:
         lane.submit(boom).get()
     assert heard == ["boom"]
     lane.close()
+
+
+def test_a_device_that_cannot_be_used_is_told_to_everyone_who_waits(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_device: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    heard: list[str] = []
+    lane = StreamLane("lane", DEVICE, on_error=lambda error: heard.append(str(error)))
+    for end in (lane.submit(lambda: None).get, lane.close):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            end()
+    assert heard == ["CUDA error: out of memory"]
+    lane._thread.join(20)
 
 
 class Clocked:
