@@ -7,6 +7,7 @@ connect (its `NcclConfig` knows no other way), so that happens in a thread that 
 from __future__ import annotations
 
 import os
+import platform
 import threading
 import time
 from collections import deque
@@ -62,7 +63,7 @@ def bind(interface: str) -> None:
 
 
 def id_to_text(unique: bytes | tuple[int, ...]) -> str:
-    """An NCCL id as cupy gives it: bytes since 14, before that a tuple of signed numbers."""
+    """An NCCL id as cupy gives it: bytes since 14, before that a tuple of C's `char`."""
     return (unique if isinstance(unique, bytes) else bytes(value & 0xFF for value in unique)).hex()
 
 
@@ -73,7 +74,8 @@ def id_from_text(text: str) -> bytes | tuple[int, ...]:
     unique = bytes.fromhex(text)
     if int(cupy.__version__.partition(".")[0]) >= 14:
         return unique
-    return tuple(value - 256 if value > 127 else value for value in unique)
+    signed = platform.machine() != "aarch64"  # C's `char` has no sign there
+    return tuple(value - 256 if signed and value > 127 else value for value in unique)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import signal
 import sys
 import time
@@ -122,11 +123,13 @@ def test_links_over_nccl(tmp_path: Path) -> None:
 
 
 def test_ids_travel_as_text_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    unique = bytes(range(128, 256))
-    signed = tuple(range(-128, 0))
-    assert id_to_text(unique) == id_to_text(signed)
-    for version, expected in (("13.0.0", signed), ("14.2.0", unique)):
+    unique, signed, unsigned = bytes(range(128, 256)), tuple(range(-128, 0)), tuple(range(128, 256))
+    assert id_to_text(unique) == id_to_text(signed) == id_to_text(unsigned)
+    for version, machine, expected in (
+        ("13.6.0", "x86_64", signed), ("13.6.0", "aarch64", unsigned), ("14.2.0", "x86_64", unique),
+    ):  # fmt: skip
         cupy = ModuleType("cupy")
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         cupy.__version__ = version  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         assert id_from_text(id_to_text(unique)) == expected
