@@ -42,8 +42,12 @@ class Lane(Protocol):
 
     name: str
 
-    def submit(self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None) -> Ticket:
-        """Queue `fn`. `uses`: a tensor that it reads, whose memory is kept until then though the submitter lets go."""
+    def submit(
+        self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None, after_caller: bool = True
+    ) -> Ticket:
+        """Queue `fn`. `uses`: a tensor that it reads, whose memory is kept until then though the submitter lets go.
+        `after_caller`: on a device, it begins when what the submitter has queued there is done; without, at once, so
+        it must use nothing that the submitter has made."""
         ...
 
     def close(self) -> None: ...
@@ -66,7 +70,9 @@ class ThreadLane:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None) -> Ticket:
+    def submit(
+        self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None, after_caller: bool = True
+    ) -> Ticket:
         ticket = Ticket(self._check)  # `fn` holds what it uses
         self._queue.put((fn, label, ticket))
         return ticket

@@ -84,7 +84,27 @@ def test_streams_wait_for_each_other(streams: Streams) -> None:
     assert int(ticket.get()) == 7
     streams.current().say("after")
     assert streams.said["main"] == ["before", "event 1", "meanwhile", "wait for event 2", "uses 7", "after"]
-    assert streams.said["lane"] == ["wait for event 1", "uses 5", "work", "event 2"]
+    assert streams.said["lane"] == ["uses 5", "wait for event 1", "work", "event 2"]
+    lane.close()
+
+
+def test_work_that_needs_nothing_of_the_submitters_begins_at_once(streams: Streams) -> None:
+    lane = StreamLane("lane", DEVICE)
+    streams.current().say("before")
+    ticket = lane.submit(lambda: torch.tensor(7), after_caller=False)
+    assert int(ticket.get()) == 7
+    assert streams.said["lane"] == ["event 1"]
+    assert streams.said["main"] == ["before", "wait for event 1", "uses 7"]
+    lane.close()
+
+
+def test_the_submitter_itself_keeps_the_memory_of_what_is_used(streams: Streams) -> None:
+    """The lane's thread must not need the allocator: its lock may be held until this very message has gone."""
+    lane, gate = StreamLane("lane", DEVICE), threading.Event()
+    lane.submit(lambda: gate.wait(20))
+    lane.submit(lambda: None, uses=torch.tensor(5))
+    assert "uses 5" in streams.said["lane"]
+    gate.set()
     lane.close()
 
 
