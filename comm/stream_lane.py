@@ -64,9 +64,9 @@ class StreamLane(ThreadLane):
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         if uses is not None and uses.device == self._device:
-            # `fn` holds it until what reads it is queued. Said here and not in the lane's thread: who runs out of memory
-            # holds the allocator's lock while it waits for the device, which may wait for a peer that waits for this
-            # very message.
+            # `fn` holds it until what reads it is queued. Said here and not in the lane's thread: who runs out of
+            # memory holds the allocator's lock while it waits for the device, which may wait for a peer that waits for
+            # this very message.
             uses.record_stream(self._stream)
         ticket = StreamTicket(self._check, self._device)
         watch = self._watch
