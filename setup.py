@@ -19,8 +19,8 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.20"],
         "8bit": ["bitsandbytes>=0.45"],
-        "cuda12": ["cupy-cuda12x>=13"],
-        "cuda13": ["cupy-cuda13x>=13"],
+        "cuda12": ["cupy-cuda12x>=13.6"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
         "data": ["datasets>=4", "zstandard>=0.22"],
         "watching": ["wandb>=0.20", "tensorboard>=2.18", "matplotlib>=3.9"],
         "dev": [

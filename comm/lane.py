@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -41,9 +42,12 @@ class Lane(Protocol):
 
     name: str
 
-    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
-        """Queue `fn`, to run when the tickets in `after` are done. `uses`: a tensor that it reads, whose memory is kept
-        until then though the submitter lets go of it."""
+    def submit(
+        self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None, after_caller: bool = True
+    ) -> Ticket:
+        """Queue `fn`. `uses`: a tensor that it reads, whose memory is kept until then though the submitter lets go.
+        `after_caller`: on a device, it begins when what the submitter has queued there is done; without, at once, so
+        it must use nothing that the submitter has made."""
         ...
 
     def close(self) -> None: ...
@@ -66,29 +70,43 @@ class ThreadLane:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
+    def submit(
+        self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None, after_caller: bool = True
+    ) -> Ticket:
         ticket = Ticket(self._check)  # `fn` holds what it uses
-        self._queue.put((fn, after, label, ticket))
+        self._queue.put((fn, label, ticket))
         return ticket
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
-        self.submit(lambda: None).get()
+        last = self.submit(lambda: None)
         self._queue.put(None)
+        last.get()
         self._thread.join()
 
+    def _place(self) -> AbstractContextManager[object]:
+        """Where the thread works: entered by it before the first piece of work."""
+        return nullcontext()
+
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            fn, after, label, ticket = item
-            start = time.perf_counter()
-            try:
-                for other in after:
-                    other.get()
-                value = fn()
-            except Exception as error:  # whatever it was, it reaches the one who holds the ticket
-                ticket._settle(None, error)
-                self._on_error(error)
-            else:
-                if self._record is not None and label:
-                    self._record(self.name, label, start, time.perf_counter())
-                ticket._settle(value, None)
+        try:
+            with self._place():
+                while (item := self._queue.get()) is not None:
+                    self._do(*item)
+                    del item  # a lane that waits must hold neither its last message nor what came of it
+        except Exception as error:  # no work is done here: who has submitted some, or will, hears why
+            self._on_error(error)
+            while (item := self._queue.get()) is not None:
+                item[-1]._settle(None, error)
+
+    def _do(self, fn: Callable[[], Any], label: str, ticket: Ticket) -> None:
+        start = time.perf_counter()
+        try:
+            value = fn()
+            if self._record is not None and label:
+                self._record(self.name, label, start, time.perf_counter())
+        except Exception as error:  # whatever it was, it reaches the one who holds the ticket
+            ticket._settle(None, error)
+            self._on_error(error)
+        else:
+            ticket._settle(value, None)

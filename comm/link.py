@@ -93,4 +93,7 @@ class Receiver:
                 self._group.recv(wire, self._source, timeout_s=self._timeout_s, operation=operation)
             return self._codec.decode(wire, shape, dtype, self._device)
 
-        self._posted.append((self._lane.submit(work, label=label), nbytes))
+        # A message uses nothing that was computed here, and its memory is the lane's own: the allocator hands a block
+        # of the lane's stream to that stream alone, and one that another has used only when that is done with it. So it
+        # comes in while the device computes what was queued before.
+        self._posted.append((self._lane.submit(work, label=label, after_caller=False), nbytes))

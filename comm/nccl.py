@@ -7,6 +7,7 @@ connect (its `NcclConfig` knows no other way), so that happens in a thread that 
 from __future__ import annotations
 
 import os
+import platform
 import threading
 import time
 from collections import deque
@@ -32,6 +33,8 @@ _TYPES = {
 }  # fmt: skip
 _GONE = (2, 6)
 """ncclResult_t: a system call failed (a connection was reset), the remote process exited."""
+_INTERNAL = 3
+"""An internal error: between ranks that were connected, most often a lost one all the same (NVIDIA/nccl#795)."""
 
 
 def load() -> Any:  # noqa: ANN401 - a module that is imported where it is used
@@ -60,7 +63,7 @@ def bind(interface: str) -> None:
 
 
 def id_to_text(unique: bytes | tuple[int, ...]) -> str:
-    """An NCCL id as cupy gives it: bytes since 14, before that a tuple of signed numbers."""
+    """An NCCL id as cupy gives it: bytes since 14, before that a tuple of C's `char`."""
     return (unique if isinstance(unique, bytes) else bytes(value & 0xFF for value in unique)).hex()
 
 
@@ -71,7 +74,8 @@ def id_from_text(text: str) -> bytes | tuple[int, ...]:
     unique = bytes.fromhex(text)
     if int(cupy.__version__.partition(".")[0]) >= 14:
         return unique
-    return tuple(value - 256 if value > 127 else value for value in unique)
+    signed = platform.machine() != "aarch64"  # C's `char` has no sign there
+    return tuple(value - 256 if signed and value > 127 else value for value in unique)
 
 
 @dataclass
@@ -116,6 +120,8 @@ class NcclGroup:
         self.name, self.members, self.rank, self.interface = name, members, rank, interface
         self._device, self._timeout_s, self._watchdog = device, timeout_s, watchdog
         self._nccl = load()
+        # cupy has no words for every status (13.6 and 14.2: for 0 to 6), and raises a KeyError for the others.
+        self._failures = (self._nccl.NcclError, KeyError)
         self._place = members.index(rank)
         self._error: WireError | None = None
         self._calls: deque[_Call] = deque()
@@ -209,7 +215,7 @@ class NcclGroup:
         call.since = call.since or now
         try:
             self._comm.check_async_error()
-        except self._nccl.NcclError as error:
+        except self._failures as error:
             return self._explain(error, call)
         if now - call.since <= call.timeout_s:
             return None
@@ -267,7 +273,7 @@ class NcclGroup:
             stream = torch.cuda.current_stream(self._device)
             try:
                 enqueue(stream.cuda_stream)
-            except self._nccl.NcclError as error:
+            except self._failures as error:
                 self._error = self._explain(error, call)
                 raise self._error from error
             done = torch.cuda.Event()
@@ -329,21 +335,24 @@ class NcclGroup:
         lane = ThreadLane(f"{operation} {self.name}", check=in_time)
         try:
             value = lane.submit(lambda: work(in_time)).get()
-        except self._nccl.NcclError as error:
-            raise self._explain(error, call) from error
+        except self._failures as error:
+            raise self._explain(error, call, connected=False) from error
         lane.close()
         return value
 
-    def _explain(self, error: Any, call: _Call) -> WireError:  # noqa: ANN401 - an NcclError
+    def _explain(self, error: Any, call: _Call, *, connected: bool = True) -> WireError:  # noqa: ANN401 - one of `_failures`
         seconds = time.monotonic() - (call.since or time.monotonic())
         operation = f"{call.operation} in group {self.name}"
-        if error.status in _GONE:
+        status, detail = getattr(error, "status", None), str(error)
+        if status is None:
+            detail = f"status {error}, for which this cupy has no words"
+        if status in _GONE or (connected and status == _INTERNAL):
             return PeerLost(
                 rank=self.rank, peer=call.peer, interface=self.interface, operation=operation, seconds=seconds,
-                detail=str(error),
+                detail=detail,
             )  # fmt: skip
         return InterfaceError(
-            f"rank {self.rank}: NCCL gives up (interface {self.interface}, {operation}): {error}; "
+            f"rank {self.rank}: NCCL gives up (interface {self.interface}, {operation}): {detail}; "
             "NCCL_DEBUG=WARN says more"
         )
 

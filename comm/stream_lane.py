@@ -7,7 +7,8 @@ when its queues are full. The main thread only ever waits until a message's tran
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class StreamTicket(Ticket):
 
 class StreamLane(ThreadLane):
     """Work runs in the order of submission on a stream of the lane's own, after what the submitter's current stream
-    had queued by then. What is recorded is the time that it takes on the stream, told when a later piece begins."""
+    had queued by then, or with `after_caller` False at once. What is recorded is the time that it takes on the stream,
+    told when a later piece begins."""
 
     def __init__(
         self,
@@ -54,19 +56,26 @@ class StreamLane(ThreadLane):
         self._watch = StreamStopwatch(record, device) if record is not None else None
         super().__init__(name, check=check, on_error=on_error)
 
-    def submit(self, fn: Callable[[], Any], *after: Ticket, label: str = "", uses: Tensor | None = None) -> Ticket:
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
+    def submit(
+        self, fn: Callable[[], Any], *, label: str = "", uses: Tensor | None = None, after_caller: bool = True
+    ) -> Ticket:
+        ready = None
+        if after_caller:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        if uses is not None and uses.device == self._device:
+            # `fn` holds it until what reads it is queued. Said here and not in the lane's thread: who runs out of
+            # memory holds the allocator's lock while it waits for the device, which may wait for a peer that waits for
+            # this very message.
+            uses.record_stream(self._stream)
         ticket = StreamTicket(self._check, self._device)
-
         watch = self._watch
 
         def work() -> Any:  # noqa: ANN401
             if watch is not None:
                 watch.settle()
-            self._stream.wait_event(ready)
-            if uses is not None and uses.device == self._device:
-                uses.record_stream(self._stream)
+            if ready is not None:
+                self._stream.wait_event(ready)
             start = watch.start() if watch is not None and label else None
             value = fn()
             ticket.done.record(self._stream)
@@ -74,7 +83,7 @@ class StreamLane(ThreadLane):
                 watch.stop(self.name, label, start)
             return value
 
-        self._queue.put((work, after, label, ticket))
+        self._queue.put((work, label, ticket))
         return ticket
 
     def close(self) -> None:
@@ -84,7 +93,8 @@ class StreamLane(ThreadLane):
             self._check()
             time.sleep(0.001)
 
-    def _work(self) -> None:
+    @contextmanager
+    def _place(self) -> Iterator[None]:
         torch.cuda.set_device(self._device)  # each thread has its own
         with torch.cuda.stream(self._stream):
-            super()._work()
+            yield

@@ -55,24 +55,29 @@ class Watchdog:
         while not self._stop.wait(self._period_s):
             # The lock is held while looking: a group that was forgotten is not looked at any more.
             with self._lock:
-                error = self._trouble()
+                error, known = self._trouble()
                 groups = list(self._groups)
             if error is None:
                 continue
-            # At once and each in its own thread: freeing one communicator waits for the device, which the transfers of
-            # the others still occupy.
-            for group in groups:
-                threading.Thread(target=group.abort, args=(error,), name=f"aborting {group.name}", daemon=True).start()
+            try:
+                if not known:
+                    self._on_error(error)
+            finally:
+                # At once and each in its own thread: freeing one communicator waits for the device, which the
+                # transfers of the others still occupy.
+                for group in groups:
+                    name = f"aborting {group.name}"
+                    threading.Thread(target=group.abort, args=(error,), name=name, daemon=True).start()
             return
 
-    def _trouble(self) -> WireError | None:
+    def _trouble(self) -> tuple[WireError | None, bool]:
+        """What is wrong, and whether all ranks know it already. Whatever comes up in here is trouble: with this thread
+        gone, NCCL would wait for ever."""
         try:
             self.check()
-            found = next((error for group in self._groups if (error := group.trouble()) is not None), None)
+            return next((error for group in self._groups if (error := group.trouble()) is not None), None), False
         except WireError as news:
-            return news
-        except RuntimeError as broken:  # CUDA's own: the device is of no use any more
-            found = WireError(f"the CUDA device has failed: {str(broken).partition(chr(10))[0]}")
-        if found is not None:
-            self._on_error(found)
-        return found
+            return news, True
+        except Exception as error:
+            kind = "the CUDA device has failed" if isinstance(error, RuntimeError) else f"NCCL: {type(error).__name__}"
+            return WireError(f"{kind}: {str(error).partition(chr(10))[0]}"), False

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 from farspan.comm.errors import RemoteFailure
@@ -105,32 +108,41 @@ def test_news_of_a_failure_do_not_take_back_a_result() -> None:
     assert ticket.get() == "in time"
 
 
-def test_work_waits_for_what_it_comes_after(gate: threading.Event) -> None:
-    first, second = ThreadLane("first"), ThreadLane("second")
-    order: list[str] = []
-
-    def slow() -> None:
-        gate.wait(20)
-        order.append("slow")
-
-    before = first.submit(slow)
-    after = second.submit(lambda: order.append("after"), before, first.submit(lambda: None))
-    gate.set()
-    after.get()
-    assert order == ["slow", "after"]
-    first.close()
-    second.close()
+class Kept:
+    """Something that a weak reference can watch."""
 
 
-def test_work_is_not_done_when_what_it_comes_after_failed() -> None:
-    first, second = ThreadLane("first"), ThreadLane("second")
+def test_a_lane_that_waits_holds_neither_its_last_work_nor_the_result() -> None:
+    lane = ThreadLane("lane")
+    x = Kept()
+    used, made = weakref.ref(x), weakref.ref(lane.submit(lambda x=x: Kept()).get())
+    del x
+    deadline = time.monotonic() + 20
+    while used() is not None or made() is not None:  # the thread may still be letting go
+        assert time.monotonic() < deadline, (used(), made())
+        time.sleep(0.005)
+    lane.close()
+
+
+class Lost(ThreadLane):
+    """A lane whose thread cannot get to where it works."""
+
+    def _place(self) -> AbstractContextManager[object]:
+        raise RuntimeError("no such device")
+
+
+def test_a_lane_without_a_place_to_work_tells_everyone_who_waits() -> None:
+    heard: list[str] = []
+    lane = Lost("lost", on_error=lambda error: heard.append(str(error)))
     ran: list[str] = []
-    after = second.submit(lambda: ran.append("ran"), first.submit(boom))
-    with pytest.raises(ValueError, match=r"^boom$"):
-        after.get()
-    assert ran == []
-    first.close()
-    second.close()
+    for ticket in [lane.submit(lambda: ran.append("ran")) for _ in range(3)]:
+        with pytest.raises(RuntimeError, match=r"^no such device$"):
+            ticket.get()
+    with pytest.raises(RuntimeError, match=r"^no such device$"):
+        lane.close()
+    assert (heard, ran) == (["no such device"], [])
+    lane._thread.join(20)
+    assert not lane._thread.is_alive()
 
 
 def test_closing_finishes_what_was_submitted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import signal
 import sys
 import time
@@ -122,11 +123,13 @@ def test_links_over_nccl(tmp_path: Path) -> None:
 
 
 def test_ids_travel_as_text_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    unique = bytes(range(128, 256))
-    signed = tuple(range(-128, 0))
-    assert id_to_text(unique) == id_to_text(signed)
-    for version, expected in (("13.0.0", signed), ("14.2.0", unique)):
+    unique, signed, unsigned = bytes(range(128, 256)), tuple(range(-128, 0)), tuple(range(128, 256))
+    assert id_to_text(unique) == id_to_text(signed) == id_to_text(unsigned)
+    for version, machine, expected in (
+        ("13.6.0", "x86_64", signed), ("13.6.0", "aarch64", unsigned), ("14.2.0", "x86_64", unique),
+    ):  # fmt: skip
         cupy = ModuleType("cupy")
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         cupy.__version__ = version  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         assert id_from_text(id_to_text(unique)) == expected
@@ -222,6 +225,41 @@ def test_what_never_ends_is_told_and_aborted(
         assert "\n" not in error.line
         assert next_error is not None  # the group is dead
         assert next_error.line == error.line
+
+
+STATUSES = {
+    3: ("PeerLost", " s): NCCL_ERROR_INTERNAL_ERROR: in words: see rank 7's last line"),
+    5: ("InterfaceError", "NCCL gives up (interface lo, receiving x in group 5): NCCL_ERROR_INVALID_USAGE: in words"),
+    7: ("InterfaceError", "receiving x in group 7): status 7, for which this cupy has no words; NCCL_DEBUG"),
+}
+
+
+def lose_a_peer_in_other_words(me: Peer) -> dict[int, Told | None]:
+    fake_nccl.install(wait=False)
+    groups = {status: connect(me, str(status), timeout_s=LONG) for status in STATUSES}
+    if me.rank == 7:
+        me.hear("waiting")
+        os.kill(os.getpid(), signal.SIGKILL)
+    for status, group in groups.items():
+        group._comm.lost_status = status
+        group.recv(torch.zeros(4), 7, timeout_s=LONG, operation="receiving x")
+    me.say("waiting")
+    deadline = time.monotonic() + 30
+    while not all(group._comm.aborted for group in groups.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return {
+        status: error_of(lambda group=group: group.recv(torch.zeros(4), 7, timeout_s=LONG))
+        for status, group in groups.items()
+    }
+
+
+def test_every_status_of_nccl_is_told(tmp_path: Path) -> None:
+    errors = play(lose_a_peer_in_other_words, (3, 7), tmp_path, dying=[7])[3]
+    for status, (kind, words) in STATUSES.items():
+        assert errors[status].kind == kind
+        assert errors[status].line.startswith("rank 3: ")
+        assert words in errors[status].line
 
 
 def be_late(me: Peer) -> tuple[bool, list[str]]:
@@ -349,6 +387,31 @@ def test_a_broken_device_is_trouble_too() -> None:
     watchdog = Watchdog(lambda: None, lambda error: order.append(str(error)), period_s=0.01)
     watchdog.watch(Broken("a", order))
     assert eventually(order, 2)[0] == "the CUDA device has failed: CUDA error: an illegal memory access"
+    watchdog.close()
+
+
+def test_whatever_the_watchdog_stumbles_over_is_told_and_aborts() -> None:
+    class Strange(Group):
+        def trouble(self) -> WireError | None:
+            raise KeyError(7)
+
+    order: list[str] = []
+    watchdog = Watchdog(lambda: None, lambda error: order.append(str(error)), period_s=0.01)
+    watchdog.watch(Strange("a", order))
+    assert eventually(order, 2) == ["NCCL: KeyError: 7", "abort a: NCCL: KeyError: 7"]
+    watchdog.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_that_cannot_be_told_aborts_all_the_same() -> None:
+    def refuse(error: WireError) -> None:
+        raise OSError("nobody listens")
+
+    order: list[str] = []
+    lost = LinkTimeout(rank=0, peer=1, interface="lo", operation="x", seconds=1.0)
+    watchdog = Watchdog(lambda: None, refuse, period_s=0.01)
+    watchdog.watch(Group("a", order, lost))
+    assert eventually(order, 1) == [f"abort a: {lost}"]
     watchdog.close()
 
 

@@ -84,19 +84,28 @@ def test_streams_wait_for_each_other(streams: Streams) -> None:
     assert int(ticket.get()) == 7
     streams.current().say("after")
     assert streams.said["main"] == ["before", "event 1", "meanwhile", "wait for event 2", "uses 7", "after"]
-    assert streams.said["lane"] == ["wait for event 1", "uses 5", "work", "event 2"]
+    assert streams.said["lane"] == ["uses 5", "wait for event 1", "work", "event 2"]
     lane.close()
 
 
-def test_work_of_one_lane_after_that_of_another(streams: Streams) -> None:
-    first, second = StreamLane("first", DEVICE), StreamLane("second", DEVICE)
-    ticket = second.submit(lambda: streams.current().say("then"), first.submit(lambda: streams.current().say("first")))
-    ticket.get()
-    lane = streams.said["lane"]  # both have this name
-    first_done = lane[lane.index("first") + 1]
-    assert lane.index(f"wait for {first_done}") < lane.index("then")
-    for made in (first, second):
-        made.close()
+def test_work_that_needs_nothing_of_the_submitters_begins_at_once(streams: Streams) -> None:
+    lane = StreamLane("lane", DEVICE)
+    streams.current().say("before")
+    ticket = lane.submit(lambda: torch.tensor(7), after_caller=False)
+    assert int(ticket.get()) == 7
+    assert streams.said["lane"] == ["event 1"]
+    assert streams.said["main"] == ["before", "wait for event 1", "uses 7"]
+    lane.close()
+
+
+def test_the_submitter_itself_keeps_the_memory_of_what_is_used(streams: Streams) -> None:
+    """The lane's thread must not need the allocator: its lock may be held until this very message has gone."""
+    lane, gate = StreamLane("lane", DEVICE), threading.Event()
+    lane.submit(lambda: gate.wait(20))
+    lane.submit(lambda: None, uses=torch.tensor(5))
+    assert "uses 5" in streams.said["lane"]
+    gate.set()
+    lane.close()
 
 
 def test_after_a_failure_no_result_is_given_out(streams: Streams) -> None:
@@ -127,6 +136,22 @@ def test_what_the_work_raises_reaches_the_ticket(streams: Streams) -> None:
         lane.submit(boom).get()
     assert heard == ["boom"]
     lane.close()
+
+
+def test_a_device_that_cannot_be_used_is_told_to_everyone_who_waits(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_device: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    heard: list[str] = []
+    lane = StreamLane("lane", DEVICE, on_error=lambda error: heard.append(str(error)))
+    for end in (lane.submit(lambda: None).get, lane.close):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            end()
+    assert heard == ["CUDA error: out of memory"]
+    lane._thread.join(20)
 
 
 class Clocked:

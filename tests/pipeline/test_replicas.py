@@ -79,7 +79,7 @@ class Now:
 
     name = "now"
 
-    def submit(self, fn: Callable[[], object], *after: object, label: str = "") -> None:
+    def submit(self, fn: Callable[[], object], *, label: str = "") -> None:
         fn()
 
     def close(self) -> None:

@@ -24,7 +24,8 @@ _DTYPES = {
     0: torch.int8, 1: torch.uint8, 2: torch.int32, 4: torch.int64,
     6: torch.float16, 7: torch.float32, 8: torch.float64, 9: torch.bfloat16,
 }  # fmt: skip
-_WORDS = {2: "SYSTEM_ERROR", 5: "INVALID_USAGE", 6: "REMOTE_ERROR"}
+_WORDS = {2: "SYSTEM_ERROR", 3: "INTERNAL_ERROR", 5: "INVALID_USAGE", 6: "REMOTE_ERROR"}
+"""As in cupy, another status ends in a `KeyError`."""
 blocking = True
 """Whether a call returns when its transfer is done; else at once, as with real streams."""
 as_tuple = False
@@ -81,6 +82,9 @@ def groupEnd() -> None:
 
 
 class NcclCommunicator:
+    lost_status = 6
+    """What it answers once its peer is gone."""
+
     def __init__(self, ndev: int, commId: Any, rank: int, config: Any = None) -> None:  # noqa: ANN401
         if not isinstance(commId, tuple if as_tuple else bytes):
             raise TypeError(f"commId is a {type(commId).__name__}")
@@ -157,7 +161,7 @@ class NcclCommunicator:
 
     def check_async_error(self) -> None:
         if self.lost:
-            raise NcclError(6)
+            raise NcclError(self.lost_status)
 
     def abort(self) -> None:
         self.aborted = True
