@@ -43,12 +43,18 @@ def cache_of(config: Config) -> Path:
     return Path(config.data_cache) if config.data_cache else config.checkpoints / "data-cache"
 
 
-def open_source(spec: TaskSpec, cache: Path, digest: str) -> Readable | Tokenized:
-    """What a path names: a pre-tokenised folder, a table, or a file of lines. Raises `DataError`."""
-    if is_table(spec.path):
-        return Table(spec, cache)
-    path = Path(spec.path)
-    return TokenFolder(path, digest) if is_pretokenized(path) else LineFile(path, cache)
+def open_source(spec: TaskSpec, cache: Path) -> Readable:
+    """What a path names: a table, or a file of lines. Raises `DataError`."""
+    return Table(spec, cache) if is_table(spec.path) else LineFile(Path(spec.path), cache)
+
+
+def open_folder(spec: TaskSpec, vocabulary: Vocabulary) -> tuple[TaskSpec, TokenFolder]:
+    """A pre-tokenised folder, and the task with the form that its tokens were made of. Raises `DataError` where the
+    task, the flags or the tokenizer would make others."""
+    folder = TokenFolder(Path(spec.path), vocabulary.digest)
+    spec = folder.says(spec)
+    folder.check(vocabulary.recipe(spec).makes())
+    return spec, folder
 
 
 def make_pool(recipes: Sequence[Recipe | None], config: Config) -> Pool:
@@ -61,19 +67,20 @@ def open_each(
 ) -> tuple[list[Task], Pool]:
     """The tasks of `specs`, and the pool that works for all of them. Raises `DataError`."""
     cache = cache_of(config)
-    sources = [open_source(spec, cache, vocabulary.digest) for spec in specs]
-    recipes = [
-        None if isinstance(source, TokenFolder) else vocabulary.recipe(spec)
-        for spec, source in zip(specs, sources, strict=True)
+    opened: list[tuple[TaskSpec, Readable | Tokenized]] = [
+        open_folder(spec, vocabulary) if is_pretokenized(Path(spec.path)) else (spec, open_source(spec, cache))
+        for spec in specs
     ]
-    pool = make_pool(recipes, config)
+    pool = make_pool(
+        [None if isinstance(source, TokenFolder) else vocabulary.recipe(spec) for spec, source in opened], config
+    )
     total = sum(spec.weight for spec in specs)
     tasks = [
         Task(
             spec, source, number, config.seed, pool,
             skip_bad=config.bad_lines == "skip", share=spec.weight / total, shuffled=shuffled,
         )
-        for number, (spec, source) in enumerate(zip(specs, sources, strict=True))
+        for number, (spec, source) in enumerate(opened)
     ]  # fmt: skip
     return tasks, pool
 

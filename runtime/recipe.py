@@ -107,6 +107,19 @@ class Recipe:
     frame: Frame
     render: Render | None = None
 
+    def makes(self) -> dict[str, Any]:
+        """What decides the tokens beside the tokenizer, as JSON and in the user's words: what is kept of a recipe where
+        its tokens outlive the run."""
+        form = self.spec.form()
+        if self.spec.messages:
+            return {**form, "chat template": getattr(self.render, "digest", "")}
+        return {
+            **form,
+            "--document-separator": self.frame.separator,
+            "--bos": list(self.frame.begin),
+            "--eos": list(self.frame.end),
+        }
+
     def __call__(self, raws: Sequence[Raw]) -> Block:
         texts: list[str] = []
         spans: list[list[Span]] = []
