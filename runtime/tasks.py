@@ -45,8 +45,13 @@ class Tokenized(Source, Protocol):
 
 @dataclass
 class Cursor:
-    """The next token of a task: `skip` tokens into document `position` of this epoch's order. And what it gave."""
+    """The next token of a task: `skip` tokens into document `position` of this epoch's order. And what it gave.
 
+    `order` seeds the task's orders. It is kept here, and is not the task's place in the list, so that tasks may be put
+    before it or taken away when a run goes on.
+    """
+
+    order: int = 0
     epoch: int = 0
     position: int = 0
     skip: int = 0
@@ -104,7 +109,7 @@ class Task:
         share: float = 1.0,
         shuffled: bool = True,
     ) -> None:
-        self.spec, self.source, self.cursor = spec, source, Cursor()
+        self.spec, self.source, self.cursor = spec, source, Cursor(order=number)
         self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
         self._shuffled = shuffled
         mean = max(1, source.size // source.rows)
@@ -198,8 +203,13 @@ class Task:
                 f"{path} has {self.source.size} bytes, and had {state['size']} when the checkpoint was saved; "
                 "put the old file back, or name the new one by another path to start it from its beginning"
             )
-        self.cursor = Cursor(**{key: state[key] for key in vars(self.cursor)})
+        self.start(Cursor(**{key: state[key] for key in vars(self.cursor)}))
+
+    def start(self, cursor: Cursor) -> None:
+        """Read on from `cursor`."""
+        self.cursor = cursor
         self._coming.clear()
+        self._orders.clear()
         self._current, self._barren = None, 0
 
     def _at_cursor(self) -> _Block | None:
@@ -240,7 +250,7 @@ class Task:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             order = np.arange(self.source.rows, dtype=np.uint32 if self.source.rows < 1 << 32 else np.int64)
             if self._shuffled:
-                np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
+                np.random.default_rng([self._seed, self.cursor.order, epoch]).shuffle(order)
             self._orders[epoch] = order
         return self._orders[epoch]
 
@@ -328,11 +338,17 @@ class TaskMixture:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on at a cursor. A task that the cursor does not know starts at its beginning. Raises `DataError`."""
         self.drawn = state["drawn"]
+        # Before cursors had an order, it was the task's place.
+        known = {key: {"order": place, **task} for place, (key, task) in enumerate(state["tasks"].items())}
+        unused = itertools.count(1 + max(task["order"] for task in known.values()))
         for key, task in self.keyed():
-            if _short(key) in state["tasks"]:
-                task.load_state(state["tasks"][_short(key)])
+            if (cursor := known.pop(_short(key), None)) is not None:
+                task.load_state(cursor)
             else:
                 log.warning("the checkpoint does not know the task %s: it starts at its beginning", key)
+                task.start(Cursor(order=next(unused)))
+        if known:
+            log.warning("%d task(s) of the checkpoint are not named any more: their place is forgotten", len(known))
 
     def prefetch(self) -> None:
         for task in self.tasks:
