@@ -93,6 +93,10 @@ class Frame:
     begin: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
 
+    def flags(self) -> dict[str, Any]:
+        """As the flags that say it, tokens by their ids."""
+        return {"--document-separator": self.separator, "--bos": list(self.begin), "--eos": list(self.end)}
+
 
 Render = Callable[[list[dict[str, str]]], tuple[str, list[Span]]]
 """A conversation → its text, and the spans (in characters) that the assistant says."""
@@ -113,12 +117,7 @@ class Recipe:
         form = self.spec.form()
         if self.spec.messages:
             return {**form, "chat template": getattr(self.render, "digest", "")}
-        return {
-            **form,
-            "--document-separator": self.frame.separator,
-            "--bos": list(self.frame.begin),
-            "--eos": list(self.frame.end),
-        }
+        return {**form, **self.frame.flags()}
 
     def __call__(self, raws: Sequence[Raw]) -> Block:
         texts: list[str] = []
