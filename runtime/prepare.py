@@ -27,7 +27,7 @@ from ..pipeline.stage import Stage
 from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
-from .milestones import steps_of_epochs
+from .milestones import mean_epoch, steps_of_epochs
 from .network import Network
 from .optim import Optimizer
 from .tasks import TaskMixture
@@ -183,13 +183,15 @@ def open_vocabulary(config: Config, spec: ModelSpec) -> Vocabulary:
 def settle(
     config: Config, progress: Progress, mixture: TaskMixture | None, meeting: Rendezvous
 ) -> tuple[Config, Progress]:
-    """Turn --nepochs into steps: rank 0 counts, once for a run, and tells the others. Raises `ConfigError`."""
+    """Turn --nepochs into steps: rank 0 counts, once for a run (again where its epochs have become longer or shorter),
+    and tells the others. Raises `ConfigError`."""
     if not config.nepochs:
         return config, progress
     count = progress.epoch_sequences
-    if count is None and mixture is not None:
+    if mixture is not None and (count is None or mixture.resized):
         log.info("counting the tokens of all tasks, for --nepochs")
-        count = mixture.sequences()
+        now = mixture.sequences()
+        count = now if count is None else mean_epoch(config.nepochs, mixture.drawn, count, now)
     count = meeting.exchange("sequences of an epoch", count, config.wire_timeout)[0]
     steps = steps_of_epochs(config, count)
     if config.rank == 0:
