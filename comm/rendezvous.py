@@ -52,6 +52,7 @@ class Rendezvous:
         heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
+        self._met = False
         host, port = parse_url(url)
         self.where = f"{host}:{port}"
         self._server: StoreServer | None = None
@@ -82,15 +83,24 @@ class Rendezvous:
         return overdue_s <= self.timeout_s
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
-        """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
+        """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once.
+
+        `timeout_s`: --wire-timeout, for what waits for a rank's disk or data [--join-timeout].
+        """
+        flag = "--wire-timeout" if timeout_s else "--join-timeout"
         timeout_s = timeout_s or self.timeout_s
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
         try:
             texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, self.liveness.check)
         except KeysMissing as error:
-            missing = [str(rank) for rank, key in enumerate(keys) if key in error.keys]
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if key in error.keys)
+            if self._met:
+                raise RendezvousError(
+                    f"rank {self.rank}: rank {missing} has not come to {topic!r} within {timeout_s:.0f} s; is its disk "
+                    f"or its data slow? A longer {flag} waits for it"
+                ) from error
             raise RendezvousError(
-                f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
+                f"rank {self.rank}: no sign of rank {missing} within {timeout_s:.0f} s "
                 f"at {self.where} ({topic}); were all {self.world} ranks started?"
             ) from error
         return [json.loads(text) for text in texts]
@@ -104,6 +114,7 @@ class Rendezvous:
                     raise Mismatch(
                         f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
                     )
+        self._met = True
         if self.rank == 0:
             self.store.set("running", "")
 

@@ -103,13 +103,13 @@ class Checkpoints:
         self.root, self._meeting, self._timeout_s = root, rendezvous, timeout_s
         rank = rendezvous.rank
         root.mkdir(parents=True, exist_ok=True)
-        # Who sees my mark shares my file system.
-        nonce = rendezvous.exchange("site nonce", os.urandom(8).hex())[0]
+        # Who sees my mark shares my file system. Rank 0 may still be opening its data, and others reading their shards.
+        nonce = rendezvous.exchange("site nonce", os.urandom(8).hex(), timeout_s)[0]
         mark = root / f".site-{nonce}-{rank}"
         mark.touch()
-        rendezvous.exchange("site marked", "")
+        rendezvous.exchange("site marked", "", timeout_s)
         self.site = [r for r in range(topology.world) if (root / f".site-{nonce}-{r}").exists()]
-        rendezvous.exchange("site seen", "")
+        rendezvous.exchange("site seen", "", timeout_s)
         mark.unlink()
         self.leads = rank == min(self.site)
         stage = topology.coord(rank).stage
@@ -133,7 +133,9 @@ class Checkpoints:
                 )
             named = int(text)
         steps, faults = self._usable(named, need, spec) if named is not None else ([], [])
-        answers = self._meeting.exchange("checkpoints", {"named": named, "steps": steps, "faults": faults})
+        answers = self._meeting.exchange(
+            "checkpoints", {"named": named, "steps": steps, "faults": faults}, self._timeout_s
+        )
         if all(answer["named"] is None for answer in answers):
             return None
         common = set.intersection(*(set(answer["steps"]) for answer in answers))
@@ -150,7 +152,7 @@ class Checkpoints:
 
     def _find_one(self, need: range, spec: ModelSpec, wanted: int) -> int:
         steps, faults = self._usable(max(checkpoint_steps(self.root), default=0), need, spec)
-        answers = self._meeting.exchange("checkpoints", {"steps": steps, "faults": faults})
+        answers = self._meeting.exchange("checkpoints", {"steps": steps, "faults": faults}, self._timeout_s)
         common = sorted(set.intersection(*(set(answer["steps"]) for answer in answers)))
         if wanted not in common:
             faults = [fault for answer in answers for fault in answer["faults"]]

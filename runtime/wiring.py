@@ -102,7 +102,7 @@ def connect(
     )
     # NCCL's sockets are bound to the interface by NCCL itself, and need not be what carries its bytes.
     if gloo := [group for name, group in groups.items() if backend_of(config, name) == "gloo"]:
-        networks = meeting.exchange("network", network_here(), config.join_timeout)
+        networks = meeting.exchange("network", network_here())
         verify_interfaces(gloo, networks, config.join_timeout, meeting.liveness.check)
     codec, timeout_s = RawCodec(), config.wire_timeout
 

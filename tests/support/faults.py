@@ -37,6 +37,11 @@ def signalled(phase: str, number: int, told: str) -> None:
     _before(owner, name, due, strike)
 
 
+def slow_to_open(seconds: float) -> None:
+    """This rank takes its time with its data, before the first step."""
+    _before(train, "open_tasks", 1, lambda: time.sleep(seconds))
+
+
 def slow_to_save(seconds: float) -> None:
     """This rank takes its time in every checkpoint."""
     _before(Checkpoints, "save", 0, lambda: time.sleep(seconds))
