@@ -14,7 +14,7 @@ from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .lane import ThreadLane
 from .liveness import Liveness
-from .store import KeysMissing, StoreClient, StoreServer
+from .store import KeysMissing, StoreClient, StoreServer, proof
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -54,6 +54,7 @@ class Rendezvous:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         host, port = parse_url(url)
         self.where = f"{host}:{port}"
+        self._secret = secret
         self._server: StoreServer | None = None
         if rank == 0:
             host = self._own_address(host, via)
@@ -106,6 +107,10 @@ class Rendezvous:
                     )
         if self.rank == 0:
             self.store.set("running", "")
+
+    def key(self, nonces: str) -> bytes:
+        """What only who knows this run's secret, and `nonces` that came through the store, can make."""
+        return proof(self._secret, b"session", nonces.encode())
 
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
