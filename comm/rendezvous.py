@@ -63,14 +63,14 @@ class Rendezvous:
         dialling = ThreadLane("dialling")
         watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
         self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
-        watch = watching.get()
+        self._watch = watching.get()
         dialling.close()
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
         name = via.name if via is not None else ""
-        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
+        self.liveness = Liveness(self._watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         # News of a failure ends every wait for the store, also Gloo's while it connects.
         self.store.wait_while(self._patient, min(period_s, 0.5))
         if twice:
@@ -128,6 +128,8 @@ class Rendezvous:
             self.liveness.close()
             if self._server is not None:
                 self._server.close()
+        for client in (self._watch, self.store):
+            client.close()
 
     def _own_address(self, host: str, via: Interface | None) -> str:
         try:
