@@ -14,7 +14,8 @@ from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .lane import ThreadLane
 from .liveness import Liveness
-from .store import KeysMissing, StoreClient, StoreServer, proof
+from .store import KeysMissing, StoreClient, proof
+from .store_server import StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:

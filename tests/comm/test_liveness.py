@@ -11,7 +11,8 @@ import psutil
 import pytest
 from farspan.comm.errors import PeerLost, RemoteFailure
 from farspan.comm.liveness import Liveness
-from farspan.comm.store import StoreClient, StoreServer
+from farspan.comm.store import StoreClient
+from farspan.comm.store_server import StoreServer
 from launch import free_port
 
 PERIOD_S, PATIENCE_S = 0.05, 2.0

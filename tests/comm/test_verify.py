@@ -19,7 +19,8 @@ from farspan.comm import verify
 from farspan.comm.gloo import GlooGroup
 from farspan.comm.interfaces import interface
 from farspan.comm.lane import ThreadLane
-from farspan.comm.store import StoreClient, StoreServer
+from farspan.comm.store import StoreClient
+from farspan.comm.store_server import StoreServer
 from farspan.comm.verify import PROBE_BYTES, network_here, verify_interfaces
 from netns import Host, hosts
 from peers import Peer, error_of, play
