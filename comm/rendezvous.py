@@ -14,7 +14,8 @@ from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .lane import ThreadLane
 from .liveness import Liveness
-from .store import KeysMissing, StoreClient, StoreServer
+from .store import KeysMissing, StoreClient, proof
+from .store_server import StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -55,6 +56,7 @@ class Rendezvous:
         self._met = False
         host, port = parse_url(url)
         self.where = f"{host}:{port}"
+        self._secret = secret
         self._server: StoreServer | None = None
         if rank == 0:
             host = self._own_address(host, leave_by)
@@ -63,14 +65,14 @@ class Rendezvous:
         dialling = ThreadLane("dialling")
         watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
         self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
-        watch = watching.get()
+        self._watch = watching.get()
         dialling.close()
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
         name = via.name if via is not None else ""
-        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
+        self.liveness = Liveness(self._watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         # News of a failure ends every wait for the store, also Gloo's while it connects.
         self.store.wait_while(self._patient, min(period_s, 0.5))
         if twice:
@@ -118,6 +120,10 @@ class Rendezvous:
         if self.rank == 0:
             self.store.set("running", "")
 
+    def key(self, nonces: str) -> bytes:
+        """What only who knows this run's secret, and `nonces` that came through the store, can make."""
+        return proof(self._secret, b"session", nonces.encode())
+
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
         line = self.liveness.report(error)
@@ -134,6 +140,8 @@ class Rendezvous:
             self.liveness.close()
             if self._server is not None:
                 self._server.close()
+        for client in (self._watch, self.store):
+            client.close()
 
     def _own_address(self, host: str, named: Interface | None) -> str:
         try:

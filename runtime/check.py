@@ -16,7 +16,7 @@ import torch
 from ..comm.probe import EdgeFigures
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
-from ..comm.verify import network_here
+from ..comm.verify import host_here, network_here
 from ..modules.checksums import SUMS, read_sums, sha256
 from ..modules.layers import unit_shapes
 from ..modules.shards import ShardError, ShardStore
@@ -188,7 +188,7 @@ def free_host_memory() -> int:
 
 
 def host_pool() -> str:
-    return f"{os.uname().nodename} {network_here().split(' ')[0]}"
+    return f"{os.uname().nodename} {host_here()}"
 
 
 def gpu_pool(device: torch.device) -> str:

@@ -9,7 +9,6 @@ import os
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from .. import __version__
 from ..comm.errors import Mismatch
 from ..comm.rendezvous import Rendezvous
 from ..comm.transport import prepare
+from ..comm.verify import host_here
 from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
@@ -133,8 +133,7 @@ def pick_device(config: Config, network: Network) -> torch.device:
 
 def share_threads(meeting: Rendezvous) -> str:
     """Divide this host's cores among its ranks, unless OMP_NUM_THREADS has a say."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    hosts = meeting.exchange("host", boot.read_text() if boot.exists() else os.uname().nodename)
+    hosts = meeting.exchange("host", host_here())
     ranks = hosts.count(hosts[meeting.rank])
     if os.environ.get("OMP_NUM_THREADS"):
         return f", {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS)"

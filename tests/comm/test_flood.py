@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farspan.comm.store import TOLD, UNPROVEN, StoreClient, StoreServer
+from farspan.comm.store import StoreClient
+from farspan.comm.store_server import TOLD, UNPROVEN, StoreServer
 from launch import free_port
 from peers import Peer, play
 

@@ -25,11 +25,11 @@ from farspan.comm.store import (
     SET,
     KeysMissing,
     StoreClient,
-    StoreServer,
     pack,
     proof,
     unpack,
 )
+from farspan.comm.store_server import StoreServer
 from launch import free_port
 
 SECRET = b"among ourselves"
