@@ -180,7 +180,7 @@ def fill(
     config: Config, spec: ModelSpec, store: ShardStore, stage: Stage, optimizer: Optimizer, checkpoints: Checkpoints
 ) -> Progress:
     """Fill the stage: from the latest checkpoint or --load-step's, or from the pretrained model, or at random."""
-    step = checkpoints.find(stage.units, spec, config.load_step) if config.load_checkpoint else None
+    step = checkpoints.find(stage.units, spec, (config.load_step or None) if config.load_checkpoint else 0)
     if step is not None:
         folder = folder_of(config.checkpoints, step)
         ours, theirs = spec, ShardStore(folder).spec
@@ -194,6 +194,7 @@ def fill(
                 f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
                 "a run cannot change it halfway"
             )
+        checkpoints.go_on(progress)
         return progress
     if config.load_pretrained_model:
         load_weights(store, optimizer)
