@@ -33,7 +33,7 @@ from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
 from .lineage import MANIFEST, CheckpointError, Start, belongs, choose, folder_of, inspect, survey
 from .optim import Optimizer
-from .retention import ALL, checkpoint_steps, doomed, prune, remove, sweep
+from .retention import ALL, checkpoint_steps, doomed, prune, sweep
 
 FORMAT = 1
 
@@ -167,7 +167,8 @@ class Checkpoints:
             _write_flushed(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _flush(temporary)
             if final.exists():
-                remove(final)  # left over from a run that was taken back to an earlier step, or broken
+                # Of a branch that was left, or broken. Its files go last, with the other leftovers: they may resist.
+                os.replace(final, self.root / f".{name}.{save}.old")
             os.replace(temporary, final)
             _flush(self.root)
         meeting.exchange(f"{name} complete", "", self._timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ import torch
 from farspan.comm.topology import Topology
 from farspan.modules.shards import ShardStore
 from farspan.pipeline.stage import Stage
-from farspan.runtime.checkpoint import CheckpointError, Checkpoints, Progress
+from farspan.runtime.checkpoint import CheckpointError, Checkpoints, Progress, problem
 from farspan.runtime.config import Config
 from farspan.runtime.lineage import Found, belongs, choose
 from farspan.runtime.optim import Optimizer
@@ -188,6 +189,46 @@ def test_a_best_that_was_deleted_is_forgotten(life: Life, caplog: pytest.LogCapt
     assert (progress.best_step, progress.best_loss, progress.waited) == (None, None, 0)
     assert not (life.root / "best").exists()
     assert "the best checkpoint, of step 2, is gone: looking for a best anew" in caplog.text
+
+
+def test_a_folder_that_resists_its_deletion_keeps_no_save_from_its_name(
+    life: Life, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    life.start(-1)
+    for step in (2, 4):
+        life.save(step)
+    before = saves([life.root], 4)
+    life.start(-1, wanted=2)
+    real = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name.endswith(".old") and not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+        real(path, ignore_errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        life.save(4)
+    assert saves([life.root], 4) != before
+    assert problem(life.root / "checkpoint_4") is None
+    assert caplog.text.count("Device or resource busy") == 1
+    life.save(6)
+    assert not list(life.root.glob(".checkpoint*"))
+
+
+def test_checkpoints_of_before_are_taken_over(life: Life) -> None:
+    life.start(-1)
+    for step in (2, 4, 6):
+        life.save(step)
+        manifest = life.root / f"checkpoint_{step}" / "manifest.json"
+        facts = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({"format": 1, "files": facts["files"]}))
+    assert life.start(1) == 6
+    assert life.load(6).step == 6
+    assert life.start(1, wanted=4) == 4
+    life.load(4)
+    life.save(5)
+    assert checkpoint_steps(life.root) == [5, 6]
 
 
 def test_taken_back_and_killed_the_run_stays_back(flags: Flags, tmp_path: Path) -> None:
