@@ -236,13 +236,14 @@ class Checkpoints:
             optimizer.load_state(index, state, progress.applied)
         return progress
 
-    def go_on(self, progress: Progress) -> None:
-        """`latest` and `best` say, at this site, that the run is at `progress` now: one that was taken back must not be
-        continued, after a crash, on the branch that it left.
+    def go_on(self, progress: Progress, taken_back: bool) -> None:
+        """Mark, at this site, where the run is: `best`, and after `taken_back` by --load-step also `latest`, or a crash
+        before the next save would lead back to the branch that was left. (What is passed over may be mended yet.)
 
         All ranks must exchange something before they train: no site may save while another has its old `latest`."""
         if self.leads:
-            self._mark("latest", progress.step)
+            if taken_back:
+                self._mark("latest", progress.step)
             self._mark("best", progress.best_step)
 
 

@@ -155,7 +155,7 @@ def _fault(step: int, found: Sequence[dict[int, Found]], ranks: Sequence[dict[st
     """Why the checkpoint of `step` does not serve all ranks, or ""."""
     for rank, seen in enumerate(found):
         if step not in seen:
-            return f"rank {rank} has no checkpoint_{step}"
+            return f"rank {rank} has no {ranks[rank]['root']}/checkpoint_{step}"
         if seen[step].fault:
             return f"{ranks[rank]['root']}/checkpoint_{step} (rank {rank}): {seen[step].fault}"
         if seen[step].save != found[0][step].save:

@@ -194,7 +194,7 @@ def fill(
                 f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
                 "a run cannot change it halfway"
             )
-        checkpoints.go_on(progress)
+        checkpoints.go_on(progress, taken_back=config.load_step > 0)
         return progress
     if config.load_pretrained_model:
         load_weights(store, optimizer)

@@ -101,7 +101,7 @@ def test_falling_back_stays_on_the_branch() -> None:
     # Another site's manifest will do.
     assert choose([site(25, *own, left), site(25, *own, left, newest)], None).step == 20
     # Nobody knows any more on which branch 25 was; a step that is on all of them may be taken.
-    with pytest.raises(CheckpointError, match=r"rank 0 has no checkpoint_25; .* --load-step \(18, 20, 22\)"):
+    with pytest.raises(CheckpointError, match=r"rank 0 has no /ck/checkpoint_25; .* --load-step \(18, 20, 22\)"):
         choose([site(25, *own, left)], None)
     assert choose([site(25, *own)], None).step == 20
     with pytest.raises(CheckpointError, match=r"--load-step \(22\)"):
@@ -129,12 +129,13 @@ class Life:
         self.optimizer = Optimizer(stage, Config())
 
     def start(self, keep: int, wanted: int | None = None) -> int | None:
+        self.wanted = wanted
         self.checkpoints = Checkpoints(self.root, Alone(), Topology(1, 1), 1.0, keep)  # type: ignore[arg-type]
         return self.checkpoints.find(self.units, self.spec, wanted)
 
     def load(self, step: int) -> Progress:
         progress = self.checkpoints.load(step, self.spec, self.optimizer)
-        self.checkpoints.go_on(progress)
+        self.checkpoints.go_on(progress, taken_back=self.wanted is not None)
         return progress
 
     def save(self, step: int, best: int | None = None) -> None:
@@ -158,6 +159,8 @@ def test_a_left_branch_is_neither_counted_nor_deleted(life: Life) -> None:
     assert checkpoint_steps(life.root) == [20, 22, 25]
     (life.root / "checkpoint_25" / "head.safetensors").unlink()
     assert life.start(2) == 20
+    life.load(20)
+    assert (life.root / "latest").read_text() == "25"  # somebody may bring the file back
     assert life.start(1, wanted=22) == 22  # and back to it
     life.load(22)
     life.save(30)
