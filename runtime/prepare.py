@@ -209,7 +209,7 @@ def fill(
     checkpoints: Checkpoints,
 ) -> Progress:
     """Fill the stage: from the latest checkpoint or --load-step's, or from the pretrained model, or at random."""
-    step = checkpoints.find(stage.units, spec, config.load_step) if config.load_checkpoint else None
+    step = checkpoints.find(stage.units, spec, (config.load_step or None) if config.load_checkpoint else 0)
     if step is not None:
         folder = folder_of(config.checkpoints, step)
         ours, theirs = spec, ShardStore(folder).spec
@@ -223,6 +223,7 @@ def fill(
                 f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
                 "a run cannot change it halfway"
             )
+        checkpoints.go_on(progress, taken_back=config.load_step > 0)
         return progress
     if store is not None:
         load_weights(store, optimizer)
