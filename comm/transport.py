@@ -83,8 +83,8 @@ class Transport:
         self.groups.update({w.name: made[w] for w in wanted})
 
     def lane(self, name: str, *, host: bool = False) -> Lane:
-        """`host`: all that its work touches lies in host memory. Such a lane takes no stream, of which torch has 32: the
-        33rd lane would get the first one's, and each wait for the other's transfers."""
+        """`host`: all that its work touches lies in host memory. Such a lane takes no stream, of which torch has 32:
+        the 33rd lane would get the first one's, and each wait for the other's transfers."""
         liveness = self._meeting.liveness
         made: Lane
         if self._device.type == "cuda" and not host:
