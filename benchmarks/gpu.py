@@ -1,7 +1,8 @@
 """On one GPU that two ranks share: `python benchmarks/gpu.py [--out FILE.json]`.
 
     link    a message through our Link over NCCL, against cupy's bare send and recv, in turns
-    step    a 2-stage training step, NCCL against Gloo; and how much of NCCL's time on the device lies under computing
+    step    a 2-stage training step, NCCL against Gloo; and how much of NCCL's time on the device (in which a receive
+            also waits for its message) lies under computing
 
 NCCL refuses two ranks on one GPU of one host, so each claims a host of its own, and messages go through sockets; the
 two processes take turns on the GPU. The times say little about real networks; their ratios are what is measured.

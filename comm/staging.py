@@ -38,5 +38,5 @@ def host_memory(nbytes: int, device: torch.device) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, which lies in host memory, on `device`; the host does not wait for what that is doing."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    """`x`, of host memory where it is not there yet, on `device`; the host does not wait for what that is doing."""
+    return x if x.device == device else x.pin_memory().to(device, non_blocking=True)

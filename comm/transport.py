@@ -82,10 +82,12 @@ class Transport:
                 made[w] = NcclGroup(store, w.name, w.members, rank, w.interface, limit, self._device, self._watchdog)
         self.groups.update({w.name: made[w] for w in wanted})
 
-    def lane(self, name: str) -> Lane:
+    def lane(self, name: str, *, host: bool = False) -> Lane:
+        """`host`: all that its work touches lies in host memory. Such a lane takes no stream, of which torch has 32:
+        the 33rd lane would get the first one's, and each wait for the other's transfers."""
         liveness = self._meeting.liveness
         made: Lane
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not host:
             made = StreamLane(name, self._device, check=liveness.check, on_error=liveness.report, record=self._record)
         else:
             made = ThreadLane(name, check=liveness.check, on_error=liveness.report, record=self._record)

@@ -63,13 +63,16 @@ class Tracker(TorchDispatchMode):
 
 
 class Still:
-    """A neighbour that is not there: it takes anything, and sends zeros at once."""
+    """A neighbour that is not there: it takes anything, and sends zeros on `device` at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def expect(self, count: int, shape: tuple[int, ...], dtype: torch.dtype, label: str = "") -> None:
         self._shape, self._dtype = shape, dtype
 
     def recv(self) -> Ticket:
-        return _done(torch.zeros(self._shape, dtype=self._dtype))
+        return _done(torch.zeros(self._shape, dtype=self._dtype, device=self._device))
 
     def send(self, x: Tensor, label: str = "") -> Ticket:
         return _done(None)
@@ -77,9 +80,9 @@ class Still:
 
 def still_edges(stage: Stage) -> Edges:
     """Neighbours for a stage that is alone."""
-    still: Any = Still
-    before = (None, None) if stage.is_first else (still(), still())
-    return Edges(*before, *((None, None) if stage.is_last else (still(), still())))
+    still: Any = Still(stage.device)
+    before = (None, None) if stage.is_first else (still, still)
+    return Edges(*before, *((None, None) if stage.is_last else (still, still)))
 
 
 def alone_row(stage: Stage, micro_batches: int) -> Row:
@@ -187,7 +190,7 @@ def _rehearse(
         weights = sum(prod(p.shape) * p.dtype.itemsize for p in real.values())
         gradients = Gradients([t.parameter for t in stage.tensors()])
         executor = Executor(stage, alone_row(stage, micro_batches), still_edges(stage), rows, length)
-        tokens = torch.zeros(micro_batches * rows, length, dtype=torch.int64)
+        tokens = torch.zeros(micro_batches * rows, length, dtype=torch.int64, device=device)
         before = tracker.peak = tracker.now
         executor.step(Batch(tokens, tokens, 1, tokens if documents else None))
         del gradients

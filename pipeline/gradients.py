@@ -72,12 +72,10 @@ class Gradients:
             for start, stop in self.buckets
         ]
 
-    def unwatch(self) -> list[int]:
-        """The buckets that `on_ready` was not called for, last first."""
+    def unwatch(self) -> None:
         self._on_ready = None
         if self._usual is None:
             self._usual = self._count
-        return list(range(self._next, -1, -1))
 
     def _arrived(self, index: int, parameter: nn.Parameter) -> None:
         if parameter.dtype != torch.float32:

@@ -231,7 +231,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         return
 
     if "nccl" in (config.pp_library, config.dp_library):
-        warm_up(stage, optimizer.gradients, config.micro_batch_size, config.seq_length)
+        rows, length = config.micro_batch_size, config.seq_length
+        warm_up(stage, optimizer.gradients, rows, length, documents=config.document_mask)
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
     record = meter.record
     wires = connect(config, topology, meeting, network, spec.tied, device, record)

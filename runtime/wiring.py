@@ -111,11 +111,12 @@ def connect(
     def sender(name: str, to: int, lane_name: str) -> Sender:
         return Sender(groups[name], to, codec, lane(lane_name), timeout_s)
 
+    def feeder(name: str, to: int) -> Sender:
+        return Sender(groups[name], to, codec, lane(name, host=True), timeout_s)
+
     def receiver(name: str, source: int, lane_name: str, to_device: torch.device = device) -> Receiver:
-        group = groups[name]
-        return Receiver(
-            group, source, codec, lane(lane_name), timeout_s, device=to_device, depth=group.ahead, window=WINDOW
-        )
+        group, its_lane = groups[name], lane(lane_name, host=to_device.type == "cpu")
+        return Receiver(group, source, codec, its_lane, timeout_s, device=to_device, depth=group.ahead, window=WINDOW)
 
     before = topology.rank(Coord(here.replica, here.stage - 1)) if here.stage > 0 else None
     after = topology.rank(Coord(here.replica, here.stage + 1)) if here.stage + 1 < topology.stages else None
@@ -127,14 +128,10 @@ def connect(
     )
     host = torch.device("cpu")
     ends = Ends(
-        tokens_to={r: sender(f"tokens→{r}", r, f"tokens→{r}") for r in topology.peers(0) if rank == 0 != r},
-        labels_to={
-            r: sender(f"labels→{r}", r, f"labels→{r}") for r in topology.peers(topology.stages - 1) if rank == 0 != r
-        },
+        tokens_to={r: feeder(f"tokens→{r}", r) for r in topology.peers(0) if rank == 0 != r},
+        labels_to={r: feeder(f"labels→{r}", r) for r in topology.peers(topology.stages - 1) if rank == 0 != r},
         positions_to={
-            r: sender(f"positions→{r}", r, f"positions→{r}")
-            for r in range(1, topology.world)
-            if config.document_mask and rank == 0
+            r: feeder(f"positions→{r}", r) for r in range(1, topology.world) if config.document_mask and rank == 0
         },
         tokens_from=receiver(f"tokens→{rank}", 0, "tokens", host) if f"tokens→{rank}" in groups else None,
         labels_from=receiver(f"labels→{rank}", 0, "labels", host) if f"labels→{rank}" in groups else None,
@@ -147,6 +144,6 @@ def connect(
         tie=groups.get(f"tied embedding of replica {here.replica}"),
         world=groups.get("world"),
         collectives=lane("gradients"),
-        data=lane("data"),
+        data=lane("data", host=True),
         transport=transport,
     )

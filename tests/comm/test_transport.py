@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from farspan.comm.errors import InterfaceError, RemoteFailure, WireError
+from farspan.comm.lane import ThreadLane
 from farspan.comm.transport import Transport, Wanted
 from peers import Peer, play
 
@@ -60,3 +62,22 @@ def one_fails(me: Peer) -> str:
 
 def test_a_group_that_fails_ends_the_wait_for_the_others(tmp_path: Path) -> None:
     assert "interface none0" in play(one_fails, (0,), tmp_path, dying=[0])[0]
+
+
+def test_only_lanes_of_what_lies_on_the_device_have_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 32 streams, and rank 0 a lane for each rank that it feeds."""
+    on_streams: list[str] = []
+
+    class Streaming(ThreadLane):
+        def __init__(self, name: str, device: torch.device, **more: Any) -> None:  # noqa: ANN401
+            assert device.type == "cuda"
+            on_streams.append(name)
+            super().__init__(name)
+
+    monkeypatch.setattr("farspan.comm.transport.StreamLane", Streaming)
+    meeting: Any = SimpleNamespace(store=None, rank=0, liveness=News())
+    made = Transport(meeting, torch.device("cuda", 0), 1.0)
+    made.lane("forward send")
+    made.lane("tokens→1", host=True)
+    made.close()
+    assert on_streams == ["forward send"]

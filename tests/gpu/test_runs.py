@@ -97,6 +97,13 @@ def test_evaluation_and_going_on(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(after[name], x, rtol=1e-4, atol=1e-6)
 
 
+def test_checking_a_grid(folder: Path, tmp_path: Path) -> None:
+    """Every stage plans its memory and measures its layers, the middle one too, which only has neighbours."""
+    with gpu.gpu_run(3, 1, flags(folder, tmp_path, check=True, document_mask=True, bf16=True)) as run:
+        run.succeed(90)
+        assert "verdict: good" in run.err(0)
+
+
 @pytest.mark.parametrize("who", [0, 1, 2])
 def test_a_killed_rank_is_named_by_the_others(folder: Path, tmp_path: Path, who: int) -> None:
     with gpu.gpu_run(3, 1, flags(folder, tmp_path, total_steps=100_000)) as run:

@@ -62,6 +62,19 @@ def estimated(number: int) -> Estimate:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("units", [range(0, 3), range(3, 5), range(5, 10)])
+def test_a_stage_of_another_device_than_the_host_can_be_planned(units: range) -> None:
+    spec, row = spec_of("gptneox"), lower(gpipe(3, MICRO_BATCHES))[0]
+    here, there = (
+        estimate(
+            spec, units, row, rows=ROWS, length=LENGTH, dtype=torch.float32, device=torch.device(device), documents=True
+        )
+        for device in ("cpu", "meta")
+    )
+    assert there.weights == here.weights
+    assert there.activations > 0.9 * here.activations
+
+
 def train(me: Peer, number: int, spec: ModelSpec, length: int) -> None:
     """Two updates of the stage, with neighbours that answer at once."""
     _, mode, recompute, dtype, at, shards = CASES[number]
