@@ -27,7 +27,8 @@ def test_parsing_weights_and_paths() -> None:
     assert pairs("/x:y/a.jsonl:3") == [("/x:y/a.jsonl", 3.0)]
     assert pairs("a.jsonl:1,a.jsonl:1") == [("a.jsonl", 1.0)] * 2
     assert pairs("hf://org/data:0.3,hf://org/more") == [("hf://org/data", 0.3), ("hf://org/more", 1.0)]
-    for bad in ("", ",", "a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf"):
+    assert pairs("a.jsonl:1e9") == [("a.jsonl", 1e9)]
+    for bad in ("", ",", *(f"a.jsonl:{w}" for w in ("0", "-1", "nan", "inf", "1e308", "1.1e9", "1" * 400))):
         with pytest.raises(DataError):
             parse_tasks(bad)
 
@@ -53,6 +54,9 @@ def test_task_config_and_task_name_make_the_same_objects(tmp_path: Path) -> None
         ('[{"path": "a", "weight": "1"}]', 'weight must be of type float, not "1"'),
         ('[{"path": "a", "weight": true}]', "weight must be of type float"),
         ('[{"path": "a", "weight": 0}]', "weight must be a positive number"),
+        ('[{"path": "a", "weight": 1e308}]', "weight must be a positive number, and 1e+09 at most"),
+        ('[{"path": "a", "weight": NaN}]', "weight must be a positive number"),
+        ('[{"path": "a", "weight": ' + "9" * 400 + "}]", "weight must be a positive number"),
         ('[{"path": "a", "repeats": -1}]', "repeats must be 0"),
         ('[{"path": "a", "repeats": 1.5}]', "repeats must be of type int"),
         ('[{"path": "a", "text": "t", "template": "{t}"}]', "text and template exclude one another"),
