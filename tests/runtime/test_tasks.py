@@ -287,6 +287,8 @@ def test_completions_alone_are_targets(tmp_path: Path, begin: tuple[int, ...]) -
         (b'{"text": "\\ud800"}', "surrogate"),
         (b"[" * 100_000, "not JSON that can be read"),
         (b'{"n": ' + b"1" * 10_000 + b"}", "not JSON that can be read"),
+        (b'{"text": "a", "n": NaN}', "not JSON: NaN is no number"),
+        (b'{"text": "a", "n": [-Infinity]}', "not JSON: -Infinity is no number"),
     ],
 )
 def test_a_bad_line_is_named_or_skipped(
@@ -311,6 +313,20 @@ def test_a_template_names_the_key_that_is_missing(tmp_path: Path) -> None:
     made = mixture(tmp_path, [{"path": str(path), "template": "{q} {a}"}], 4)
     with pytest.raises(DataError, match=r'a\.jsonl:2: .*under "a"'):
         made.draw(5)
+
+
+def test_numbers_in_a_template(tmp_path: Path) -> None:
+    """Integers stay as they are written, however long; what is no number is a bad line."""
+    path = tmp_path / "a.jsonl"
+    numbers = ["7", "-0.5", "18446744073709551615", "123456789012345678901234567890", "-9223372036854775809", "1e30"]
+    path.write_text("".join(f'{{"n": {n}, "m": 1}}\n' for n in numbers))
+    task = {"path": str(path), "template": "{m}={n};"}
+    text = text_of(mixture(tmp_path, [task], 117, Frame("")).draw(1).tokens)
+    assert sorted(text.split(";")[:-1]) == sorted(f"1={n}" for n in [*numbers[:-1], "1e+30"])
+    for bad in ("1e999", "-1e999"):
+        path.write_text(f'{{"n": {bad}, "m": 1}}\n')
+        with pytest.raises(DataError, match=r'a\.jsonl:1: -?inf under "n" is no number'):
+            mixture(tmp_path, [task], 4).draw(1)
 
 
 def test_no_line_gives_a_token(tmp_path: Path) -> None:
