@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +18,11 @@ from ..comm.topology import Coord, Topology
 from ..modules.loss import IGNORED, count_valid
 from ..pipeline.executor import Batch
 from .config import Config
-from .tasks import DataError, TaskMixture
+from .tasks import SHOWN, DataError, Drawn, TaskMixture
+
+BARREN = 100  # draws in a row without a token to predict, after which the run ends
+
+log = logging.getLogger("farspan")
 
 
 def shift_labels(tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -117,7 +124,7 @@ class Feed:
     ) -> None:
         self._config, self._topology, self._ends = config, topology, ends
         self._mixture, self._lane = mixture, lane
-        self._left = updates
+        self._left, self._barren = updates, 0
         self.shares: dict[str, Any] = {}
         """On rank 0: what each task has given, up to and with the update that `next_update` gave last."""
         self._ahead: Ticket | None = None
@@ -130,17 +137,23 @@ class Feed:
         cursor = None
         assert self._arriving is not None
         if self._ahead is not None:
-            local, cursor, self.shares = self._ahead.get()
+            drawn = self._ahead.get()
+            if isinstance(drawn, DataError):
+                raise drawn
+            local, cursor, self.shares = drawn
         steps = range(self._config.gradient_accumulate_step)
         batches = [self._arriving.next(local[step] if local else None) for step in steps]
         self._prefetch()
         return batches, cursor
 
     def close(self) -> None:
-        """Take what is under way, so that no end is left waiting."""
+        """Take what is under way, so that no end is left waiting. What data nobody needs is like does not matter."""
         self._left = 0
         if self._arriving is not None:
-            self.next_update()
+            try:
+                self.next_update()
+            except DataError as error:
+                log.debug("the update after the last could not be drawn: %s", error)
 
     def _prefetch(self) -> None:
         self._arriving = self._ahead = None
@@ -152,23 +165,47 @@ class Feed:
         if self._mixture is not None:
             self._ahead = self._lane.submit(self._draw, label="draw")
 
-    def _draw(self) -> tuple[list[Batch], dict[str, Any], dict[str, Any]]:
-        """On rank 0: the whole update's rows, each replica's share on its way, this rank's own share as the result."""
+    def _draw(self) -> tuple[list[Batch], dict[str, Any], dict[str, Any]] | DataError:
+        """On rank 0: the whole update's rows, each replica's share on its way, this rank's own share as the result.
+
+        Or why there are none. That is told where they are needed; what the others wait for is blank meanwhile, so that
+        what is dealt after it (an evaluation, say) still comes where it is expected.
+        """
         assert self._mixture is not None
         c, grid = self._config, self._topology
-        drawn = self._mixture.draw(c.gradient_accumulate_step * grid.replicas * c.batch_size)
-        rows = torch.from_numpy(drawn.tokens)
-        targets = shift_labels(rows, torch.from_numpy(drawn.targets))
-        valid = count_valid(targets)
-        if not valid:
-            raise DataError(
-                f"{len(rows)} sequences hold no token to predict, at sequence {self._mixture.drawn}: "
-                "check loss_on and the completions of --task-config, or take a longer --seq-length"
-            )
         shape = (c.gradient_accumulate_step, grid.replicas, c.batch_size, c.seq_length)
+        problem = None
+        try:
+            drawn, labels = self._draw_targets(math.prod(shape[:3]))
+        except DataError as error:
+            blank = np.zeros((math.prod(shape[:3]), c.seq_length), dtype=np.int64)
+            problem, drawn = error, Drawn(blank, blank, blank if c.document_mask else None)
+            labels = torch.full(blank.shape, IGNORED)
+        valid = max(1, count_valid(labels))
         positions = torch.from_numpy(drawn.positions).view(shape) if drawn.positions is not None else [None] * shape[0]
-        local = [
-            deal(grid, self._ends, step, labels, valid, own)
-            for step, labels, own in zip(rows.view(shape), targets.view(shape), positions, strict=True)
-        ]
-        return local, self._mixture.state(), self._mixture.shares()
+        steps = zip(torch.from_numpy(drawn.tokens).view(shape), labels.view(shape), positions, strict=True)
+        local = [deal(grid, self._ends, tokens, own, valid, where) for tokens, own, where in steps]
+        return problem or (local, self._mixture.state(), self._mixture.shares())
+
+    def _draw_targets(self, rows: int) -> tuple[Drawn, Tensor]:
+        """The next `rows` sequences that hold a token to predict, and their labels [rows, T]; others are passed over.
+
+        Raises `DataError`, also where none comes.
+        """
+        assert self._mixture is not None
+        for _ in range(BARREN):
+            drawn = self._mixture.draw(rows)
+            labels = shift_labels(torch.from_numpy(drawn.tokens), torch.from_numpy(drawn.targets))
+            if count_valid(labels):
+                return drawn, labels
+            self._barren += 1
+            if self._barren <= SHOWN:
+                log.warning(
+                    "passing over %d sequences without a token to predict, up to sequence %d: such are not rare with a "
+                    "small batch where loss_on is completion%s",
+                    rows, self._mixture.drawn, "; further ones are not told" if self._barren == SHOWN else "",
+                )  # fmt: skip
+        raise DataError(
+            f"{BARREN * rows} sequences in a row hold no token to predict, up to sequence {self._mixture.drawn}: "
+            "check loss_on and the completions of --task-config, or take a longer --seq-length"
+        )

@@ -56,7 +56,8 @@ class LineFile:
                 _forget(cache, key, name)
                 _write_index(plain, index)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror} ({error.filename or cache}); see --data-cache") from error
+            reason = error.strerror or error  # numpy's have no strerror
+            raise DataError(f"{path}: {reason} ({error.filename or cache}); see --data-cache") from error
         self.starts: np.ndarray = np.load(index, mmap_mode="r")
         self.rows = len(self.starts) - 1  # the last start is the end of the file
         self.size = int(self.starts[-1])
@@ -103,11 +104,14 @@ def _forget(cache: Path, key: str, name: str) -> None:
 
 def _write_index(path: Path, index: Path) -> None:
     partial = index.with_name(f"{index.name}.{os.getpid()}.partial")
-    with path.open("rb") as file, partial.open("wb") as out:
-        starts = [*_starts(file)]
-        end = np.array([file.tell()], dtype=np.int64)
-        np.save(out, np.concatenate([*starts, end]))
-    os.replace(partial, index)
+    try:
+        with path.open("rb") as file, partial.open("wb") as out:
+            starts = [*_starts(file)]
+            end = np.array([file.tell()], dtype=np.int64)
+            np.save(out, np.concatenate([*starts, end]))
+        os.replace(partial, index)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _starts(file: BinaryIO) -> Iterator[np.ndarray]:

@@ -186,14 +186,18 @@ def settle(
     and tells the others. Raises `ConfigError`."""
     if not config.nepochs:
         return config, progress
-    count = progress.epoch_sequences
+    count, most = progress.epoch_sequences, None
     if mixture is not None and (count is None or mixture.resized):
         log.info("counting the tokens of all tasks, for --nepochs")
         now = mixture.sequences()
         count = now if count is None else mean_epoch(config.nepochs, mixture.drawn, count, now)
-    count = meeting.exchange("sequences of an epoch", count, config.wire_timeout)[0]
-    steps = steps_of_epochs(config, count)
+    if mixture is not None:
+        most = mixture.most()
+    count, most = meeting.exchange("sequences of an epoch", (count, most), config.wire_timeout)[0]
+    steps = steps_of_epochs(config, count, most)
     if config.rank == 0:
+        if most is not None and most < config.nepochs * count:
+            log.info("no more than %d sequences: so often may the tasks be read by their repeats", most)
         log.info("--nepochs %d: %d sequences an epoch, %d steps", config.nepochs, count, steps)
     config = replace(config, total_steps=steps)
     validate_length(config)

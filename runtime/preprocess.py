@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         sys.stderr.write(f"preprocess: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        sys.stderr.write(f"preprocess: {error.filename or output}: cannot be written: {error.strerror or error}\n")
+        return 1
     log.info("%s: %d documents, %d tokens, %d bad lines left out", output, documents, tokens, bad)
     return 0
 
@@ -61,6 +64,10 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     """Write `output`; returns documents, tokens and bad lines. Raises `ConfigError` or `DataError`."""
     if not config.tokenizer_name:
         raise ConfigError("--tokenizer-name is needed: the folder (or hub name) of the tokenizer")
+    if not output.name:
+        raise ConfigError(f"--output {output} must be the name of a folder to make")
+    if config.data_workers < 0:
+        raise ConfigError(f"--data-workers {config.data_workers} must not be negative")
     if bool(config.task_name) == bool(config.task_config):
         raise ConfigError("one of --task-name and --task-config is needed")
     specs = specs_of(config)

@@ -6,6 +6,7 @@ Nothing here imports torch or transformers: the worker processes load this file 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -127,7 +128,7 @@ class Recipe:
         take = self._text if self.spec.text else self._template if self.spec.template else self._messages
         for number, raw in enumerate(raws):
             try:
-                text, completion = take(parse(raw) if isinstance(raw, bytes) else raw)
+                text, completion = take(self._row(raw) if isinstance(raw, bytes) else raw)
                 if not text.isascii():
                     text.encode()
             except Fault as fault:
@@ -153,6 +154,13 @@ class Recipe:
         per_row[kept] = lengths
         return Block(tokens, targets, np.cumsum(per_row), faults)
 
+    def _row(self, raw: bytes) -> Mapping[str, Any]:
+        row = parse(raw)
+        # The fast parser rounds integers beyond 64 bits.
+        if any(isinstance(v := row.get(name), float) and abs(v) >= 1 << 63 for name in self.spec.template_fields):
+            row = _parse_leniently(raw)
+        return row
+
     def _text(self, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
         text = row.get(self.spec.text)
         if not isinstance(text, str):
@@ -167,6 +175,8 @@ class Recipe:
                 value = row.get(name)
                 if not isinstance(value, str | int | float) or isinstance(value, bool):
                     raise Fault(f'expected an object with a string or number under "{name}"')
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise Fault(f'{value} under "{name}" is no number')
                 start = len(text)
                 text += str(value)
         return text, [(start, len(text))]
@@ -195,15 +205,21 @@ def parse(raw: bytes) -> Mapping[str, Any]:
 
 
 def _parse_leniently(raw: bytes) -> Any:  # noqa: ANN401 - JSON
-    """What the fast parser refuses and Python's takes (NaN, half of a surrogate pair in a field that nobody reads)."""
+    """What the fast parser refuses and Python's takes (half of a surrogate pair in a field that nobody reads)."""
     try:
-        return json.loads(str(raw, "utf-8"))
+        return json.loads(str(raw, "utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise Fault(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise Fault(f"not JSON: {error.msg} at column {error.colno}") from error
+    except Fault:
+        raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise Fault(f"not JSON that can be read: {str(error).splitlines()[0]}") from error
+
+
+def _refuse(constant: str) -> None:
+    raise Fault(f"not JSON: {constant} is no number")
 
 
 def framed(flat: np.ndarray, lengths: np.ndarray, begin: Sequence[int], end: Sequence[int]) -> np.ndarray:

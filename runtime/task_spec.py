@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
@@ -11,6 +10,7 @@ from typing import Any
 
 LOSS_ON = ("all", "completion")
 FORMS = ("text", "template", "messages")
+HEAVIEST = 1e9
 
 
 class DataError(ValueError):
@@ -97,8 +97,8 @@ def _checked(row: dict[str, Any], where: str) -> TaskSpec:
         raise DataError(f"{where}: {' and '.join(forms)} exclude one another: give one")
     told = bool(forms) or "loss_on" in row
     spec = TaskSpec(**{**row, **({} if forms else {"text": "text"})}, told=told)
-    if not 0 < spec.weight < math.inf:
-        raise DataError(f"{where}: the weight must be a positive number")
+    if not 0 < spec.weight <= HEAVIEST:  # the sum of all must be a number too
+        raise DataError(f"{where}: the weight must be a positive number, and {HEAVIEST:g} at most")
     if spec.repeats < 0:
         raise DataError(f"{where}: repeats must be 0 (no limit) or more")
     if spec.loss_on not in LOSS_ON:

@@ -300,47 +300,72 @@ class TaskMixture:
         self._weights = np.array([task.spec.weight for task in self.tasks])
         self._bounds: tuple[list[bool], list[float]] = ([], [])
         self._choices: tuple[int, list[float]] = (-1, [])
+        self._counted: list[int] = []
         self.drawn = 0
 
     def draw(self, rows: int) -> Drawn:
-        """The next `rows` sequences. Raises `DataError` at a line that cannot be used, or when all tasks have been read
-        as often as they may be."""
+        """The next `rows` sequences. Where all tasks have been read as often as they may be, the rest of the rows stays
+        blank: padding without a target. Raises `DataError` where that is all of them, or at a line that cannot be used.
+        """
         tokens = np.full((rows, self._length), self._pad, dtype=np.int64)
         targets = np.zeros((rows, self._length), dtype=bool)
         starts = np.zeros((rows, self._length), dtype=bool) if self._positions else None
         for number, (row, mask) in enumerate(zip(tokens, targets, strict=True)):
             own = starts[number] if starts is not None else None
-            while not self.tasks[self._choose()].read(row, mask, self._packed, own):
+            while (task := self._choose()) is not None and not task.read(row, mask, self._packed, own):
                 pass  # what was left of that task gave no token: now it is exhausted, and another is chosen
+            if task is None and not number:
+                raise DataError(
+                    f"all tasks have been read as often as their repeats allow, after {self.drawn} sequences: "
+                    "lower --total-steps, or raise repeats in --task-config"
+                )
+            if task is None:
+                break
             self.drawn += 1
         return Drawn(tokens, targets, positions_of(starts) if starts is not None else None)
 
     def sequences(self) -> int:
         """How many sequences hold every task once; a task's last one is filled up from its next epoch."""
 
-        def of(task: Task) -> int:
-            if self._packed:
-                return -(-sum(int(lengths.sum()) for lengths in task.lengths()) // self._length)
-            return sum(int((-(-lengths // self._length)).sum()) for lengths in task.lengths())
+        return sum(-(-size // self._length) if self._packed else size for size in self._sizes())
 
-        return sum(map(of, self.tasks))
+    def most(self) -> int | None:
+        """How many sequences there can be in all until every task has been read as often as it may be; None where one
+        has no limit."""
+        if not all(task.spec.repeats for task in self.tasks):
+            return None
+        left = 0
+        for task, size in zip(self.tasks, self._sizes(), strict=True):
+            whole, cursor = task.spec.repeats * size, task.cursor
+            left += (
+                -(-max(0, whole - cursor.tokens) // self._length) if self._packed else max(0, whole - cursor.sequences)
+            )
+        return self.drawn + left
 
-    def _choose(self) -> int:
+    def _sizes(self) -> list[int]:
+        """Of each task: the tokens, or the padded rows, of one epoch. Tokenises all of it, once."""
+
+        def of(lengths: np.ndarray) -> int:
+            return int((lengths if self._packed else -(-lengths // self._length)).sum())
+
+        if not self._counted:
+            self._counted = [sum(map(of, task.lengths())) for task in self.tasks]
+        return self._counted
+
+    def _choose(self) -> Task | None:
+        """The task of the next sequence; None where all are exhausted."""
         block, place = divmod(self.drawn, CHOICES)
         if self._choices[0] != block:
             self._choices = block, np.random.default_rng([self._seed, block]).random(CHOICES).tolist()
         exhausted = [task.exhausted for task in self.tasks]
         if all(exhausted):
-            raise DataError(
-                f"all tasks have been read as often as their repeats allow, after {self.drawn} sequences: "
-                "lower --total-steps, or raise repeats in --task-config"
-            )
+            return None
         if self._bounds[0] != exhausted:
             left = np.where(exhausted, 0.0, self._weights)
             self._bounds = exhausted, np.cumsum(left / left.sum()).tolist()
         choice = bisect_right(self._bounds[1], self._choices[1][place])
         # The last bound may be a hair below 1.
-        return choice if choice < len(exhausted) else max(i for i, out in enumerate(exhausted) if not out)
+        return self.tasks[choice if choice < len(exhausted) else max(i for i, out in enumerate(exhausted) if not out)]
 
     def state(self) -> dict[str, Any]:
         """The cursor, as JSON: under 4 KiB for 20 tasks, however long their paths."""

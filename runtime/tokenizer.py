@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +22,19 @@ class Vocabulary:
     """The tokenizer that a config names, with --special-tokens added. Raises `ConfigError`."""
 
     def __init__(self, config: Config) -> None:
-        import transformers  # late: only rank 0 needs it, and it takes seconds
-
         self.name = config.tokenizer_name or config.model_name
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"--tokenizer-name {self.name}: no tokenizer there: {reason}") from error
-        self.known = len(tokenizer)  # tokens before any was added
+        tokenizer = _load(self.name)
+        self.known = _size(tokenizer)  # ids before any was added
         self.added = _special_tokens(config.special_tokens)
         if self.added:
             tokenizer.add_special_tokens({"additional_special_tokens": self.added}, False)
+            ids = list(tokenizer.get_vocab().values())
+            if len(set(ids)) < len(ids):  # where there are holes, new ones are counted from the number of tokens
+                raise ConfigError(
+                    f"--special-tokens {config.special_tokens}: {self.name} gives them ids of other tokens"
+                )
         self.tokenizer = tokenizer
-        self.size = len(tokenizer)
+        self.size = _size(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.encoder: Encoder = BackendEncoder(backend.to_str()) if backend is not None else _PlainEncoder(tokenizer)
         described = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -77,6 +77,35 @@ class Vocabulary:
                 sides[side] = [token] if choice == "yes" else []
         separator = unescape(config.document_separator)
         return Frame(separator, tuple(sides["bos"]), tuple(sides["eos"]))
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    """Of a folder, or of the hub. Raises `ConfigError`."""
+    import transformers  # late: only rank 0 needs it, and it takes seconds
+
+    path, hub = Path(name), logging.getLogger("huggingface_hub")
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and path.parent.is_dir())
+    if not path.is_dir() and (path.exists() or is_path):
+        raise ConfigError(f"--tokenizer-name {name}: no such folder")
+    level = hub.level
+    try:
+        hub.setLevel(logging.CRITICAL)  # it tells of each of its attempts; the last one's error is the story
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # its readers raise what they like
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "no tokenizer there" if path.is_dir() else "no such folder here, and the hub does not give it"
+        raise ConfigError(f"--tokenizer-name {name}: {where}: {reason}") from error
+    finally:
+        hub.setLevel(level)
+    # Some kinds are made from a config.json alone, with nothing in them.
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ConfigError(f"--tokenizer-name {name}: no tokenizer there: its files (tokenizer.json, say) are missing")
+    return tokenizer
+
+
+def _size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id and one: there may be more ids than tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 class ChatRender:

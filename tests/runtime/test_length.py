@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from chars import mixture
+from chars import mixture, write
 from launch import Run, read_metrics
 from tiny import make_task
 from transformers import AutoModelForCausalLM
@@ -83,6 +83,35 @@ def test_epochs_are_counted_again_where_rows_are_cut_otherwise(flags: Flags, tmp
     assert "nothing to do" in run.err(0)
     given = read_metrics(tmp_path / "ck")[-1]["tasks"][str(path)]["tokens"]
     assert 2 * total <= given < 2 * total + 16 + 8 * 2 * 4
+
+
+@pytest.mark.parametrize(("stages", "replicas", "batch"), [(2, 1, 8), (1, 2, 4)])
+def test_epochs_end_where_repeats_do(flags: Flags, tmp_path: Path, stages: int, replicas: int, batch: int) -> None:
+    """As many epochs as the task may be read: rows that are missing in the last update are blank, and none is missing
+    that rounding up every epoch would have asked for."""
+    path = write(tmp_path / "a.jsonl", ["the small red ball was in it"] * 7)
+    (tmp_path / "tasks.json").write_text(json.dumps([{"path": str(path), "repeats": 9}]))
+    told = flags(
+        task_name=None, task_config=tmp_path / "tasks.json", total_steps=None, nepochs=9, batch_size=batch,
+        num_checkpoints=2,
+    )  # fmt: skip
+    once = sum(len(line) for line in words(path))
+    total = 9 * once
+    assert -(-total // 16) % 8  # else nothing is blank
+    assert 9 * -(-once // 16) > 8 * -(-total // (16 * 8))  # else rounding up every epoch asks for no more
+    with Run(stages, replicas, told) as run:
+        run.succeed()
+    rows = read_metrics(tmp_path / "ck")
+    assert len(rows) == -(-total // (16 * 8))
+    assert rows[-1]["tasks"][str(path)] == {"sequences": -(-total // 16), "tokens": total, "epochs": 9}
+    assert rows[-1]["loss"] > 0
+    # On from the middle, to the same end.
+    (tmp_path / "ck" / "latest").write_text(str(len(rows) // 2))
+    with Run(stages, replicas, told) as run:
+        run.succeed()
+    again = read_metrics(tmp_path / "ck")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    assert "no more than" in run.err(0)
 
 
 def test_a_warm_up_longer_than_the_epochs_is_refused_by_all(flags: Flags) -> None:

@@ -6,6 +6,9 @@ import gzip
 import json
 import logging
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,29 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         mixture(tmp_path, str(write(tmp_path / "a.jsonl", ["x"])), 4)
 
 
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow past `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / "a.jsonl", ["x"] * 3000)
+    if suffix:
+        content, path = path.read_bytes(), tmp_path / "a.jsonl.gz"
+        path.write_bytes(gzip.compress(content))
+    with full_disk(4096), pytest.raises(DataError, match=r"a\.jsonl.*: .*(written|File too large) \(.*cache"):
+        LineFile(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert LineFile(path, tmp_path / "cache").rows == 3000
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv", "hf"])
 def test_tables(tmp_path: Path, kind: str) -> None:
     """Through datasets, from local files: the same documents as in jsonl, rows named where they are bad."""
@@ -267,6 +293,23 @@ def test_preprocess_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "one task at a time" in capsys.readouterr().err
     assert preprocess(told[2:]) == 2
     assert "one of --task-name and --task-config" in capsys.readouterr().err
+    assert preprocess([*told, "--data-workers", "-1"]) == 2
+    assert "--data-workers -1 must not be negative" in capsys.readouterr().err
+    for bad in ("", ".", "/"):
+        assert preprocess([*told[:-1], bad]) == 2
+        assert "must be the name of a folder to make" in capsys.readouterr().err
+
+
+def test_preprocess_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tokenizer(tmp_path / "tok")
+    path = make_task(tmp_path / "a.jsonl", lines=400)
+    told = ["--task-name", str(path), "--tokenizer-name", str(tmp_path / "tok"), "--output"]
+    assert preprocess([*told, str(path / "out")]) == 1
+    assert "a.jsonl: cannot be written: Not a directory" in capsys.readouterr().err.replace("/.out.partial", "")
+    with full_disk(4096):
+        assert preprocess([*told, str(tmp_path / "out")]) == 1
+    assert "out: cannot be written: File too large" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "tok"]
 
 
 def test_a_folder_of_tokens_that_does_not_fit(tmp_path: Path) -> None:

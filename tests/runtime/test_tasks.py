@@ -27,7 +27,8 @@ def test_parsing_weights_and_paths() -> None:
     assert pairs("/x:y/a.jsonl:3") == [("/x:y/a.jsonl", 3.0)]
     assert pairs("a.jsonl:1,a.jsonl:1") == [("a.jsonl", 1.0)] * 2
     assert pairs("hf://org/data:0.3,hf://org/more") == [("hf://org/data", 0.3), ("hf://org/more", 1.0)]
-    for bad in ("", ",", "a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf"):
+    assert pairs("a.jsonl:1e9") == [("a.jsonl", 1e9)]
+    for bad in ("", ",", *(f"a.jsonl:{w}" for w in ("0", "-1", "nan", "inf", "1e308", "1.1e9", "1" * 400))):
         with pytest.raises(DataError):
             parse_tasks(bad)
 
@@ -53,6 +54,9 @@ def test_task_config_and_task_name_make_the_same_objects(tmp_path: Path) -> None
         ('[{"path": "a", "weight": "1"}]', 'weight must be of type float, not "1"'),
         ('[{"path": "a", "weight": true}]', "weight must be of type float"),
         ('[{"path": "a", "weight": 0}]', "weight must be a positive number"),
+        ('[{"path": "a", "weight": 1e308}]', "weight must be a positive number, and 1e+09 at most"),
+        ('[{"path": "a", "weight": NaN}]', "weight must be a positive number"),
+        ('[{"path": "a", "weight": ' + "9" * 400 + "}]", "weight must be a positive number"),
         ('[{"path": "a", "repeats": -1}]', "repeats must be 0"),
         ('[{"path": "a", "repeats": 1.5}]', "repeats must be of type int"),
         ('[{"path": "a", "text": "t", "template": "{t}"}]', "text and template exclude one another"),
@@ -217,6 +221,10 @@ def test_repeats_are_a_limit(tmp_path: Path) -> None:
     assert drawn.targets.sum() == 50 * 16 - 8
     assert made.shares()[str(few)]["epochs"] == 3
     alone = mixture(tmp_path, tasks[:1], 16)
+    drawn = alone.draw(5)  # what is left of it stays blank
+    assert text_of(drawn.tokens)[24:] == "_" * (16 * 5 - 24)
+    assert drawn.targets.sum() == 24
+    assert alone.drawn == 2
     with pytest.raises(DataError, match="as often as their repeats allow, after 2 sequences"):
         alone.draw(3)
 
@@ -228,6 +236,24 @@ def test_sequences_of_an_epoch(tmp_path: Path) -> None:
     assert padded.sequences() == sum(-(-(i + 1) // 50) for i in range(700))
     padded.draw(padded.sequences())
     assert padded.shares()[str(path)]["epochs"] == 1
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_the_most_that_repeats_allow(tmp_path: Path, rows: str) -> None:
+    """Known before, and on the way; blank lines at the end of a task, which give no row, included."""
+    a = write(tmp_path / "a.jsonl", ["x" * (i % 23) for i in range(40)])
+    b = tmp_path / "b.jsonl"
+    b.write_text('{"text": "one"}\n' + "bad\n" * 300)
+    tasks = [{"path": str(a), "repeats": 7}, {"path": str(b), "repeats": 3, "weight": 0.2}]
+    made = mixture(tmp_path, tasks, 10, rows=rows, bad_lines="skip")
+    most = made.most()
+    assert most is not None
+    made.draw(17)
+    assert made.most() == most
+    made.draw(most + 9)
+    assert made.drawn == made.most() == most
+    unlimited = [tasks[0], {"path": str(b)}]
+    assert mixture(tmp_path, unlimited, 10, rows=rows, bad_lines="skip").most() is None
 
 
 def test_padded_rows_hold_one_document(tmp_path: Path) -> None:
@@ -261,6 +287,8 @@ def test_completions_alone_are_targets(tmp_path: Path, begin: tuple[int, ...]) -
         (b'{"text": "\\ud800"}', "surrogate"),
         (b"[" * 100_000, "not JSON that can be read"),
         (b'{"n": ' + b"1" * 10_000 + b"}", "not JSON that can be read"),
+        (b'{"text": "a", "n": NaN}', "not JSON: NaN is no number"),
+        (b'{"text": "a", "n": [-Infinity]}', "not JSON: -Infinity is no number"),
     ],
 )
 def test_a_bad_line_is_named_or_skipped(
@@ -285,6 +313,20 @@ def test_a_template_names_the_key_that_is_missing(tmp_path: Path) -> None:
     made = mixture(tmp_path, [{"path": str(path), "template": "{q} {a}"}], 4)
     with pytest.raises(DataError, match=r'a\.jsonl:2: .*under "a"'):
         made.draw(5)
+
+
+def test_numbers_in_a_template(tmp_path: Path) -> None:
+    """Integers stay as they are written, however long; what is no number is a bad line."""
+    path = tmp_path / "a.jsonl"
+    numbers = ["7", "-0.5", "18446744073709551615", "123456789012345678901234567890", "-9223372036854775809", "1e30"]
+    path.write_text("".join(f'{{"n": {n}, "m": 1}}\n' for n in numbers))
+    task = {"path": str(path), "template": "{m}={n};"}
+    text = text_of(mixture(tmp_path, [task], 117, Frame("")).draw(1).tokens)
+    assert sorted(text.split(";")[:-1]) == sorted(f"1={n}" for n in [*numbers[:-1], "1e+30"])
+    for bad in ("1e999", "-1e999"):
+        path.write_text(f'{{"n": {bad}, "m": 1}}\n')
+        with pytest.raises(DataError, match=r'a\.jsonl:1: -?inf under "n" is no number'):
+            mixture(tmp_path, [task], 4).draw(1)
 
 
 def test_no_line_gives_a_token(tmp_path: Path) -> None:
