@@ -70,7 +70,10 @@ class BackendEncoder:
     def _load(self) -> None:
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_str(self.serialized)
+        # A space that is cut off its token's characters would be no target. It changes no token; and in JSON, a quote
+        # within a string is escaped, so nothing else can look like this.
+        whole = self.serialized.replace('"trim_offsets":true', '"trim_offsets":false')
+        self._tokenizer = Tokenizer.from_str(whole)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 

@@ -120,6 +120,8 @@ class ChatRender:
         spans = []
         for number, message in enumerate(messages) if self._spans else []:
             if message["role"] == "assistant":
+                if not number:
+                    raise Fault("the assistant speaks first, and its words cannot be told from what the template adds")
                 before = self._render(messages[:number], True)
                 after = self._render(messages[: number + 1], False)
                 if not (text.startswith(after) and after.startswith(before)):
@@ -128,8 +130,6 @@ class ChatRender:
         return text, spans
 
     def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        if not messages:
-            return ""
         try:
             made: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # templates raise what they like, to refuse an order of roles

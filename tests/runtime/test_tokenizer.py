@@ -168,6 +168,36 @@ def test_a_conversation_is_rendered_by_the_template(tmp_path: Path) -> None:
         plain.recipe(spec)
 
 
+def test_a_conversation_that_the_assistant_begins(tmp_path: Path) -> None:
+    """Role and default system prompt before its words would be targets."""
+    system = "{% if messages[0].role != 'system' %}<system> you {% endif %}"
+    vocabulary = Vocabulary(Config(tokenizer_name=make(tmp_path, "", system + CHAT)))
+    roles = ["assistant", "user", "assistant"]
+    rows = [json.dumps({"m": [{"role": r, "content": "hello"} for r in said]}).encode() for said in (roles, roles[1:])]
+    block = vocabulary.recipe(TaskSpec("a", messages="m", loss_on="completion"))(rows)
+    assert "the assistant speaks first" in block.faults.pop(0)
+    assert not block.faults
+    assert block.targets is not None
+    assert block.tokens.tolist() == [9, 4, 6, 3, 8, 7, 3, 8]
+    assert block.tokens[block.targets].tolist() == [3, 8]
+    assert not vocabulary.recipe(TaskSpec("a", messages="m"))(rows).faults
+
+
+def test_spaces_of_a_completion_are_targets(tmp_path: Path) -> None:
+    """Also with a tokenizer that cuts them off the characters of its tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    vocabulary = Vocabulary(Config(tokenizer_name=str(tmp_path)))
+    recipe = vocabulary.recipe(TaskSpec("a", template="{q} {a}", loss_on="completion"))
+    for answer in ("ok  ", "  ok", " ", "\n \n", "o  k"):
+        block = recipe([json.dumps({"q": "what ", "a": answer}).encode()])
+        assert block.targets is not None
+        assert block.targets.tolist() == [False] * len("\nwhat  ") + [True] * len(answer), answer
+
+
 def test_a_template_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     looks = "{{ messages|length }} {% for m in messages %}{{ m.content }} {% endfor %}"
     vocabulary = Vocabulary(Config(tokenizer_name=make(tmp_path, "", looks)))
