@@ -41,7 +41,8 @@ class Named:
     digest, pad = "benchmark", 0
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+        self._recipe, self.frame = recipe, recipe.frame
+        self.added: list[str] = []
 
     def recipe(self, spec: TaskSpec) -> Recipe:
         return replace(self._recipe, spec=spec)

@@ -231,6 +231,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     parser.add_argument("--only", choices=("link", "step"))
     told = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu.py needs a CUDA device, and torch sees none here")
     result = {}
     if told.only != "step":
         result["link"] = measure_links()

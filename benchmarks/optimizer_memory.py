@@ -1,11 +1,8 @@
-"""What each optimizer holds for one replica, and how long an update takes: a table, for the model of a folder.
-
-python benchmarks/optimizer_memory.py MODEL_FOLDER
-"""
+"""What each optimizer holds for one replica, and how long an update takes: a table, for the model of a folder."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
@@ -18,8 +15,8 @@ from farspan.runtime.optim import Optimizer
 CASES = (("adamw", "allreduce", 1), ("8bit-adam", "allreduce", 1), *(("adamw", "zero1", d) for d in (2, 3, 4)))
 
 
-def main(folder: str) -> None:
-    spec = ShardStore(Path(folder)).spec
+def main(folder: Path) -> None:
+    spec = ShardStore(folder).spec
     print("| optimizer | dp-mode | replicas | moments, bytes/parameter | fp32 weights, bytes/parameter | update, ms |")
     print("|---|---|---|---|---|---|")
     for kind, mode, replicas in CASES:
@@ -43,4 +40,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    reader = argparse.ArgumentParser(description=__doc__)
+    reader.add_argument("model", type=Path, help="a Hugging Face folder, or one of layer shards")
+    main(reader.parse_args().model)

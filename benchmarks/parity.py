@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, g
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
+DATA = Path(os.environ.get("FARSPAN_DATA", ROOT.parent / "shared" / "data"))
 BOUND = 1e-4  # nats a token: the most by which two losses of the same step, or of the same held-out text, may differ
 ROWS, MICRO_ROWS, LENGTH, SEED = 8, 2, 256, 1  # ROWS of all replicas together
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.999), 1e-6, 0.01, 1.0
@@ -314,6 +314,9 @@ def main() -> int:
     parser.add_argument("--grids", default=",".join(grid.name for grid in GRIDS), help="which of [1×1,2×1,2×2,3×1]")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where parity.md and parity.png go [docs]")
     told = parser.parse_args()
+    for flag, path in (("--model", told.model), ("--task", told.task)):
+        if not path.exists():
+            parser.error(f"{flag} {path} is not there: any small Llama, and GSM8K's train.jsonl, will do")
     wanted = told.grids.replace("x", "×").split(",")
     grids = [grid for grid in GRIDS if grid.name in wanted]
     if len(grids) != len(wanted):

@@ -82,6 +82,10 @@ class InterfaceError(WireError):
     """The named network interface cannot be used."""
 
 
+class Intruder(WireError):
+    """Something that is no rank of this run is at the other end of a connection."""
+
+
 class RemoteFailure(WireError):
     """Another rank failed first; carries that rank's own line."""
 

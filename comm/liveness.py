@@ -9,14 +9,19 @@ each rank would name the tenth consequence instead of the cause.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+import psutil
 
 from .errors import InterfaceError, PeerLost, PeerSilent, RemoteFailure, StoreLost, line_of
 from .interfaces import interface, interfaces
 from .neighbours import Connection, Neighbours, connecting_to, endpoint, host_of
 from .store import GONE, StoreClient
+
+log = logging.getLogger("farspan")
 
 _FAILURE = "failure"
 _LATE_S, _DEAD_S = 5.0, 2.0
@@ -127,12 +132,25 @@ class Liveness:
                 self._look()
             except (StoreLost, TimeoutError) as error:
                 self._cause = self._cause or self._master_lost(error)
+            except (OSError, psutil.Error) as error:  # all descriptors are in use for a moment, say
+                log.debug("rank %d: nothing seen this time: %s", self.rank, error)
+            except Exception as error:
+                self._fail(RuntimeError(f"unexpected {type(error).__name__} in the watcher: {error}"))
             if self._cause is not None:
                 if not self._stop.wait(self._grace_s):
                     self._on_hopeless(self._cause)
                 return
             if self._stop.wait(self._period_s):
                 return
+
+    def _fail(self, error: RuntimeError) -> None:
+        """The watcher itself cannot go on, and it is in one of its own exceptions."""
+        log.debug("rank %d: the watcher failed", self.rank, exc_info=True)
+        try:
+            self.report(error)
+        except Exception:
+            log.debug("rank %d: nor could it tell the others", self.rank, exc_info=True)
+        self._cause = self._cause or line_of(self.rank, error)
 
     def _patient_with_store(self, overdue_s: float) -> bool:
         self._neighbours.look()
@@ -146,7 +164,7 @@ class Liveness:
         self._neighbours.look()
         with self._lock:
             self._store.add(f"beat/{self.rank}", 1)
-            if self._published != self._neighbours.endpoints:
+            if self._neighbours.endpoints not in ([], self._published):  # a look that failed changes nothing
                 self._published = self._neighbours.endpoints
                 self._store.set(f"endpoints/{self.rank}", json.dumps(self._published))
             text = self._store.get(_FAILURE) if self._store.check([_FAILURE]) else None

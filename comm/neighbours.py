@@ -11,6 +11,7 @@ count as life too: as long as bytes flow between this process and a host, nobody
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
@@ -20,6 +21,8 @@ import time
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+
+log = logging.getLogger("farspan")
 
 _ESTABLISHED, _SYN_SENT = 1, 2
 _INFO = struct.Struct("=B7x24I4Q")  # tcp_info of linux/tcp.h, up to the bytes acknowledged and received
@@ -57,7 +60,13 @@ class Neighbours:
 
     def _look(self) -> None:
         now, found = time.monotonic(), []
-        for number in _descriptors():
+        try:
+            numbers = _descriptors()
+        except OSError as error:  # listing them takes a descriptor, and all may be in use for a moment
+            log.debug("nothing seen of the neighbours this time: %s", error)
+            self.connections = []
+            return
+        for number in numbers:
             try:
                 status = os.fstat(number)
                 if stat.S_ISSOCK(status.st_mode):

@@ -14,7 +14,8 @@ from .errors import Mismatch, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .lane import ThreadLane
 from .liveness import Liveness
-from .store import KeysMissing, StoreClient, StoreServer
+from .store import KeysMissing, StoreClient, proof
+from .store_server import StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -33,8 +34,8 @@ class Rendezvous:
     """This rank's place at the meeting. Every wait ends after `timeout_s` seconds, or when a rank has failed.
 
     Rank 0 serves the store at one address alone: the one that `url` names, where this machine has it, else (behind a
-    translating router) that of the interface `via`. `secret`: what all ranks must share to be let in.
-    Connections to the store leave by `leave_by` [by the route].
+    translating router) that of the interface `leave_by`. `secret`: what all ranks must share to be let in.
+    Connections to the store leave by `leave_by` [by the route]; errors name `via`.
     `heartbeat_s`: period and patience of `Liveness`.
     """
 
@@ -52,24 +53,26 @@ class Rendezvous:
         heartbeat_s: tuple[float, float] = (1.0, 10.0),
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
+        self._met = False
         host, port = parse_url(url)
         self.where = f"{host}:{port}"
+        self._secret = secret
         self._server: StoreServer | None = None
         if rank == 0:
-            host = self._own_address(host, via)
+            host = self._own_address(host, leave_by)
             self._server = self._serve(host, port, secret)
         # Two connections, made at once, since each takes three round trips: heartbeats must not wait behind anything.
         dialling = ThreadLane("dialling")
         watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
         self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
-        watch = watching.get()
+        self._watch = watching.get()
         dialling.close()
         twice = self.store.add(f"rank/{rank}", 1) > 1
         if twice and self.store.check(["running"]):
             raise Mismatch(f"a run at {self.where} has a rank {rank} already; this process leaves it alone")
         period_s, patience_s = heartbeat_s
         name = via.name if via is not None else ""
-        self.liveness = Liveness(watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
+        self.liveness = Liveness(self._watch, rank, world, name, on_hopeless, period_s=period_s, patience_s=patience_s)
         # News of a failure ends every wait for the store, also Gloo's while it connects.
         self.store.wait_while(self._patient, min(period_s, 0.5))
         if twice:
@@ -82,15 +85,24 @@ class Rendezvous:
         return overdue_s <= self.timeout_s
 
     def exchange(self, topic: str, value: Any, timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401 - JSON
-        """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once."""
+        """Publish `value` (JSON) and wait for every rank's; returns them by rank. A topic serves once.
+
+        `timeout_s`: --wire-timeout, for what waits for a rank's disk or data [--join-timeout].
+        """
+        flag = "--wire-timeout" if timeout_s else "--join-timeout"
         timeout_s = timeout_s or self.timeout_s
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
         try:
             texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, self.liveness.check)
         except KeysMissing as error:
-            missing = [str(rank) for rank, key in enumerate(keys) if key in error.keys]
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if key in error.keys)
+            if self._met:
+                raise RendezvousError(
+                    f"rank {self.rank}: rank {missing} has not come to {topic!r} within {timeout_s:.0f} s; is its disk "
+                    f"or its data slow? A longer {flag} waits for it"
+                ) from error
             raise RendezvousError(
-                f"rank {self.rank}: no sign of rank {', '.join(missing)} within {timeout_s:.0f} s "
+                f"rank {self.rank}: no sign of rank {missing} within {timeout_s:.0f} s "
                 f"at {self.where} ({topic}); were all {self.world} ranks started?"
             ) from error
         return [json.loads(text) for text in texts]
@@ -104,8 +116,13 @@ class Rendezvous:
                     raise Mismatch(
                         f"{name} differs: rank 0 has {ours}, rank {rank} has {other}; give all ranks the same"
                     )
+        self._met = True
         if self.rank == 0:
             self.store.set("running", "")
+
+    def key(self, nonces: str) -> bytes:
+        """What only who knows this run's secret, and `nonces` that came through the store, can make."""
+        return proof(self._secret, b"session", nonces.encode())
 
     def failed(self, error: BaseException) -> RemoteFailure:
         """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
@@ -123,23 +140,25 @@ class Rendezvous:
             self.liveness.close()
             if self._server is not None:
                 self._server.close()
+        for client in (self._watch, self.store):
+            client.close()
 
-    def _own_address(self, host: str, via: Interface | None) -> str:
+    def _own_address(self, host: str, named: Interface | None) -> str:
         try:
-            named = [info[4][0] for info in socket.getaddrinfo(host, None)]
+            found = [info[4][0] for info in socket.getaddrinfo(host, None)]
         except (OSError, UnicodeError):
-            named = []
-        local = {address for found in interfaces().values() for address in found.addresses}
-        own = via.addresses if via is not None else ()
-        for address in sorted(named, key=lambda address: address not in own):
+            found = []
+        local = {address for each in interfaces().values() for address in each.addresses}
+        own = named.addresses if named is not None else ()
+        for address in sorted(found, key=lambda address: address not in own):
             if address in local:
                 return str(address)
-        if via is None:
+        if named is None:
             raise RendezvousError(
                 f"rank 0 cannot serve the rendezvous at {self.where}: that is no address of this machine. Start rank 0 "
                 "on the host that --dist-url names; behind a router, name --net-interface"
             )
-        return via.addresses[0]
+        return named.addresses[0]
 
     def _serve(self, address: str, port: int, secret: bytes) -> StoreServer:
         try:

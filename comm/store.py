@@ -8,7 +8,9 @@ A connection begins with a proof both ways (HMAC-SHA256 over fresh nonces: the s
 
     server → client   GREETING, 16 random bytes s
     client → server   rank (4 bytes), 16 random bytes c, HMAC(secret, "client" + s + c + rank)
-    server → client   HMAC(secret, "server" + s + c), or it closes
+    server → client   HMAC(secret, "server" + s + c), or REFUSAL, and it closes
+
+A server that closes before that has only too much to do: dial again.
 
 Then requests and answers: length (4 bytes), a code (1 byte), fields (each with a length of 4 bytes). The first field is
 a number by which the client knows the answer to its request: a request may wait for a key while others are answered.
@@ -16,7 +18,6 @@ a number by which the client knows the answer to its request: a request may wait
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -38,10 +39,10 @@ from .interfaces import Interface, connect_from
 
 GREETING = b"farspan store 1\n"
 NONCE = 16
+REFUSAL = bytes(32)
+"""Stands for the server's proof where the client's was wrong."""
 PROOF_S = 5.0
 """How long a connection may take to prove itself."""
-UNPROVEN = 1024
-"""How many connections may be proving themselves at once; further ones wait in the kernel's queue."""
 LARGEST = 64 * 2**20
 """Bytes of the largest request or answer."""
 GONE = "gone"
@@ -82,130 +83,14 @@ def unpack(body: bytes) -> tuple[int, list[bytes]]:
     return body[0], fields
 
 
-class StoreServer:
-    """Serves the keys from a thread of its own until `close`. Raises `OSError` where it cannot listen."""
-
-    def __init__(self, address: str, port: int, secret: bytes) -> None:
-        self._secret = secret
-        self._values: dict[str, bytes] = {}
-        self._awaited: dict[str, list[asyncio.Future[None]]] = {}
-        self._loop = asyncio.new_event_loop()
-        self._proving = asyncio.Semaphore(UNPROVEN)
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, address, port, backlog=1024))
-        self._thread = threading.Thread(target=self._loop.run_forever, name="store", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(PROOF_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _close(self) -> None:
-        self._server.close()
-        serving = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port, *_ = writer.get_extra_info("peername")
-        who = f"{host}:{port}"
-        waiting: set[asyncio.Task] = set()
-        rank, beats = None, False
-        try:
-            async with self._proving, asyncio.timeout(PROOF_S):
-                rank = await self._prove(reader, writer)
-            if rank is None:
-                log.warning("refused %s: it does not know the secret of this run (--secret-file)", who)
-                return
-            while True:
-                (size,) = struct.unpack("!I", await reader.readexactly(4))
-                if not 1 <= size <= LARGEST:
-                    raise ValueError(f"a request of {size} bytes")
-                code, (tag, *fields) = unpack(await reader.readexactly(size))
-                beats = beats or (code == ADD and fields[0] == f"beat/{rank}".encode())
-                if code in (GET, WAIT):
-                    timeout_s, keys = float(fields[0]), [f.decode() for f in fields[1:]]
-                    task = asyncio.create_task(self._answer_later(writer, code, tag, keys, timeout_s))
-                    waiting.add(task)
-                    task.add_done_callback(waiting.discard)
-                else:
-                    writer.write(pack(DONE, tag, self._answer(code, fields)))
-                    await writer.drain()
-        except (TimeoutError, ValueError) as error:
-            log.warning("refused %s: it does not speak as a rank of this run does (%s)", who, error or "too slow")
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            log.debug("%s left", who)
-        finally:
-            for task in waiting:
-                task.cancel()
-            writer.close()
-            if beats and f"bye/{rank}" not in self._values:
-                self._values[GONE] = b",".join(filter(None, (self._values.get(GONE), str(rank).encode())))
-
-    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
-        """The rank at the other end, or None where it cannot prove that it knows the secret."""
-        ours = os.urandom(NONCE)
-        writer.write(GREETING + ours)
-        await writer.drain()
-        try:
-            said = await reader.readexactly(4 + NONCE + 32)
-        except asyncio.IncompleteReadError as error:
-            if not error.partial:
-                raise  # somebody who only looked whether the port is open
-            raise ValueError("cut short") from error
-        rank, theirs, shown = said[:4], said[4 : 4 + NONCE], said[4 + NONCE :]
-        if not hmac.compare_digest(shown, proof(self._secret, b"client", ours, theirs, rank)):
-            return None
-        writer.write(proof(self._secret, b"server", ours, theirs))
-        return int.from_bytes(rank)
-
-    def _answer(self, code: int, fields: list[bytes]) -> bytes:
-        values = self._values
-        if code == CHECK:
-            return b"1" if all(f.decode() in values for f in fields) else b""
-        if code not in (SET, ADD, COMPARE_SET):
-            raise ValueError(f"request {code}")
-        first, value, *rest = fields
-        key = first.decode()
-        if code == COMPARE_SET:
-            expected, value = value, *rest
-            if values.get(key, b"") != expected:
-                return values.get(key, b"")
-        elif code == ADD:
-            value = str(int(values.get(key, b"0")) + int(value)).encode()
-        values[key] = value
-        for future in self._awaited.pop(key, ()):
-            if not future.done():
-                future.set_result(None)
-        return value
-
-    async def _answer_later(
-        self, writer: asyncio.StreamWriter, code: int, tag: bytes, keys: list[str], timeout_s: float
-    ) -> None:
-        """Answer when all keys are there, or the time is over."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                for key in keys:
-                    if key not in self._values:
-                        future = self._loop.create_future()
-                        living = [other for other in self._awaited.get(key, ()) if not other.done()]
-                        self._awaited[key] = [*living, future]
-                        await future
-            answer = pack(DONE, tag, *(self._values[key] for key in keys if code == GET))
-        except TimeoutError:
-            answer = pack(TIMEOUT, tag, *(key.encode() for key in keys if key not in self._values))
-        writer.write(answer)
-
-
 class StoreClient(Store):
     """One rank's connection; also the `Store` that Gloo's groups meet through.
 
     Any number of threads may ask at once: none waits for the answer of another, so groups can be made side by side.
-    It leaves by the interface `via` [by the route]. Connecting is tried until `timeout_s`. Raises `RendezvousError` if
-    nobody answers, if whoever answers is no farspan store, or one with another secret; later, `StoreLost` when the
-    connection is gone and `TimeoutError` for a key that did not come.
+    It leaves by the interface `via` [by the route]. Dials until `timeout_s`, also where the other side closes or is
+    late with its proof. Raises `RendezvousError` if nobody answers in time; at once if whoever answers is no farspan
+    store, or one with another secret; later, `StoreLost` when the connection is gone and `TimeoutError` for a key that
+    did not come.
     """
 
     def __init__(
@@ -220,65 +105,68 @@ class StoreClient(Store):
         self._gone: Exception | None = None
         self._patient: Callable[[float], bool] = lambda seconds: seconds < timeout_s
         self._look_s = 0.2
-        self._socket = self._dial(host, port, via)
-        try:
-            self._prove(secret)
-        except (OSError, EOFError) as error:
-            raise RendezvousError(
-                f"rank {rank}: {self.where} does not answer as farspan's rank 0 does, or has another secret "
-                "(--secret-file); is another program, or another run, at --dist-url?"
-            ) from error
+        self._socket = self._dial(host, port, via, secret)
         # Waiting for an answer has a deadline of its own, and so must the sending of a request.
         self._socket.settimeout(None)
         limit = struct.pack("@ll", max(int(timeout_s), 1), 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         threading.Thread(target=self._listen, name="store answers", daemon=True).start()
 
-    def _dial(self, host: str, port: int, via: Interface | None) -> socket.socket:
-        deadline = time.monotonic() + self._timeout_s
+    def _dial(self, host: str, port: int, via: Interface | None, secret: bytes) -> socket.socket:
+        deadline, told = time.monotonic() + self._timeout_s, False
+        stranger = RendezvousError(
+            f"rank {self._rank}: {self.where} does not answer as farspan's rank 0 does, or has another secret "
+            "(--secret-file); is another program, or another run, at --dist-url?"
+        )
         while True:
+            wait_s = min(PROOF_S, max(deadline - time.monotonic(), 0.5))
+            connection = None
             try:
-                return connect_from(host, port, via, min(self._timeout_s, PROOF_S))
+                connection = connect_from(host, port, via, wait_s)
+                self._prove(connection, secret)
+                return connection
             except UnicodeError as error:
                 raise RendezvousError(f"--dist-url: {host!r} cannot be the name of a host") from error
-            except OSError as error:
+            except ValueError as error:
+                raise stranger from error
+            except (OSError, EOFError) as error:
                 if time.monotonic() > deadline:
+                    if connection is not None:
+                        raise stranger from error
                     raise RendezvousError(
                         f"rank {self._rank} cannot reach the master at {self.where} "
                         f"{f'over {via.name} ' if via else ''}within {self._timeout_s:.0f} s "
                         f"({error}); is rank 0 running there, and the port open?"
                     ) from error
+                if connection is not None:
+                    connection.close()
+                    if not told:
+                        log.warning(
+                            "rank %d: no answer yet from what listens at %s; dialling again", self._rank, self.where
+                        )
+                    told = True
             time.sleep(0.2)
 
-    def _prove(self, secret: bytes) -> None:
-        self._socket.settimeout(PROOF_S)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._read(len(GREETING)) != GREETING:
-            raise EOFError("another greeting")
-        theirs, ours, rank = self._read(NONCE), os.urandom(NONCE), self._rank.to_bytes(4)
-        self._socket.sendall(rank + ours + proof(secret, b"client", theirs, ours, rank))
-        if not hmac.compare_digest(self._read(32), proof(secret, b"server", theirs, ours)):
-            raise EOFError("another secret")
-
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = self._socket.recv(size - len(data))
-            if not part:
-                raise EOFError("closed")
-            data += part
-        return data
+    def _prove(self, connection: socket.socket, secret: bytes) -> None:
+        """Raises `ValueError` for what cannot be rank 0 of this run, `OSError` or `EOFError` for what still can."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if _read(connection, len(GREETING)) != GREETING:
+            raise ValueError("another greeting")
+        theirs, ours, rank = _read(connection, NONCE), os.urandom(NONCE), self._rank.to_bytes(4)
+        connection.sendall(rank + ours + proof(secret, b"client", theirs, ours, rank))
+        if not hmac.compare_digest(_read(connection, 32), proof(secret, b"server", theirs, ours)):
+            raise ValueError("another secret")
 
     def _listen(self) -> None:
         """Hand out the answers, until the connection ends."""
         try:
             while True:
-                (size,) = struct.unpack("!I", self._read(4))
-                code, (tag, *values) = unpack(self._read(size))
+                (size,) = struct.unpack("!I", _read(self._socket, 4))
+                code, (tag, *values) = unpack(_read(self._socket, size))
                 self._asked.pop(tag).set_result((code, values))
         except (OSError, EOFError, ValueError, KeyError) as error:
             with self._lock:
-                self._gone, asked = error, list(self._asked.values())
+                self._gone, asked = self._gone or error, list(self._asked.values())
             for future in asked:
                 future.set_exception(error)
 
@@ -293,6 +181,7 @@ class StoreClient(Store):
             try:
                 self._socket.sendall(pack(code, tag, *fields))
             except OSError as error:
+                self._gone = error  # half a request may be on its way: nothing that follows would be understood
                 raise self._lost(error) from error
         return future
 
@@ -381,3 +270,13 @@ class StoreClient(Store):
 
 def _encode(keys: Sequence[str]) -> list[bytes]:
     return [key.encode() for key in keys]
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise EOFError("closed")
+        data += part
+    return data

@@ -91,7 +91,7 @@ def import_hf(family: str, model_name: str, save_dir: Path) -> Path:
     if _is_finished(target, family):
         log.warning("%s is a finished conversion already: nothing to do", target)
         return target
-    _refuse_filled(target)
+    _refuse_filled(target, "it is not a finished conversion: move it away first")
     store = open_checkpoint(local if local.is_dir() else _download(model_name))
     _check_family(store, family)
     partial = target.with_name(f".{target.name}.partial")
@@ -117,7 +117,7 @@ def export_hf(
     """
     store = ShardStore(ckpt)
     _check_family(store, family)
-    _refuse_filled(target)
+    _refuse_filled(target, "it would be lost: move it away, or name another --save-path")
     partial = target.with_name(f".{target.name}.partial")
     with _Whole(partial, target):
         shards: list[list[str]] = [[]]
@@ -188,9 +188,9 @@ def _is_finished(target: Path, family: str) -> bool:
     return store.spec.family == family and store.files == weight_map(store.spec) and not store.missing_units()
 
 
-def _refuse_filled(target: Path) -> None:
+def _refuse_filled(target: Path, why: str) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConvertError(f"{target} is there already and is not a finished conversion: move it away first")
+        raise ConvertError(f"{target} is there already, and {why}")
 
 
 def _check_family(store: ShardStore, family: str) -> None:

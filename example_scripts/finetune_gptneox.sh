@@ -21,7 +21,7 @@ set -euo pipefail
 MODEL=${MODEL:-pretrained_models/EleutherAI_gpt-neox-20b} # layer shards; a host needs only the files of its own stages
 TOKENIZER=${TOKENIZER:-$MODEL}
 TASKS=${TASKS:-}                                          # jsonl files and weights; rank 0's host alone needs them
-CKPT=${CKPT:-model_checkpoints/gptneox}                   # a run goes on from the latest checkpoint in here
+CKPT=${CKPT:-checkpoints/gptneox}                   # a run goes on from the latest checkpoint in here
 
 STAGES=${STAGES:-8}
 REPLICAS=${REPLICAS:-1}

@@ -21,7 +21,7 @@ set -euo pipefail
 MODEL=${MODEL:-pretrained_models/meta-llama_Llama-2-7b-hf} # layer shards; a host needs only the files of its own stages
 TOKENIZER=${TOKENIZER:-$MODEL}
 TASKS=${TASKS:-}                                           # jsonl files and weights; rank 0's host alone needs them
-CKPT=${CKPT:-model_checkpoints/llama}                      # a run goes on from the latest checkpoint in here
+CKPT=${CKPT:-checkpoints/llama}                      # a run goes on from the latest checkpoint in here
 
 STAGES=${STAGES:-4}
 REPLICAS=${REPLICAS:-1}

@@ -70,8 +70,8 @@ farspan_launch() {
         return 2
     fi
     if ((here < world)) && [ -z "${MASTER:-}" ]; then
-        farspan_say "this host runs only $here of $world ranks: set MASTER to the address of rank 0's host, and" \
-            "start the other ranks on their hosts (or RANKS_HERE=$world for all of them here)"
+        farspan_say "this host runs only $here of $world ranks (one a GPU): make the grid fit (STAGES × REPLICAS = $here)," \
+            "or set MASTER to the address of rank 0's host and start the other ranks on theirs"
         return 2
     fi
     if [ -z "$python" ]; then

@@ -52,7 +52,6 @@ python converters/convert_from_hf_gptneox.py --model-name "$dir/hf-gptneox" --sa
 
 done_steps=$(cat "$dir/checkpoints/latest" 2>/dev/null || echo 0)
 steps=${steps:-$(cat "$dir/steps" 2>/dev/null || echo 200)}
-echo "$steps" >"$dir/steps"
 title "3. train: 2 stages × 2 replicas, 4 processes"
 if ((done_steps >= steps)); then
     echo "a finished run of $done_steps steps lies in $dir: nothing to train (--fresh starts over, --steps N goes on)"
@@ -69,7 +68,7 @@ else
     farspan_launch \
         --model-name "$dir/shards/hf-gptneox" --tokenizer-name "$dir/hf-gptneox" --model-type gptneox \
         --task-name "$dir/corpus/docstrings.jsonl:0.6,$dir/corpus/source.jsonl:0.4" \
-        --checkpoint-path "$dir/checkpoints" --checkpoint-steps 100 --total-steps "$steps" --warmup-steps 10 \
+        --checkpoint-path "$dir/checkpoints" --checkpoint-steps 100 --total-steps "$steps" --warmup-steps $((steps < 10 ? steps : 10)) \
         --lr 3e-3 --seq-length 128 --batch-size 4 --micro-batch-size 2 --use-cuda false || status=$?
     if [ -n "$farspan_stopped" ]; then
         echo "stopped; the same command goes on from the last checkpoint in $dir/checkpoints" >&2

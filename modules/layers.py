@@ -118,7 +118,7 @@ def init_unit(module: nn.Module, spec: ModelSpec, unit: int, seed: int) -> None:
     head draws what the embedding draws.
     """
     drawn_as = 0 if spec.tied and unit == spec.head_unit else unit
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + drawn_as)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + drawn_as) % 2**63)
     for name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -185,14 +185,17 @@ def write_unit(folder: Path, spec: ModelSpec, unit: int, tensors: Mapping[str, T
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that is whole once it bears its name, also after a power cut."""
+    """A safetensors file that is whole once it bears its name, also after a power cut. Raises `ShardError`."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors leaves 0600, which the rest of a team could not read
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
-    _to_disk(partial)
-    os.replace(partial, path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors leaves 0600, which the rest of a team could not read
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
+        _to_disk(partial)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise ShardError(f"{path} cannot be written: {error}") from error
 
 
 def write_index(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ A plan has one row a stage; a row is the order in which that stage acts. With 3 
                   1F0 1F1 1F2 1F3 1B0 1B1 1B2 1B3
                   2F0 2F1 2F2 2F3 2B0 2B1 2B2 2B3
 
-    one_f_one_b   0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3        (Narayanan et al. 2019, PipeDream-Flush; arXiv:2006.09503)
+    one_f_one_b   0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3        (Narayanan et al. 2020, PipeDream-Flush; arXiv:2006.09503)
                   1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3
                   2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3
 

@@ -72,7 +72,7 @@ class Stage(nn.Module):
     def _seeded(self, layer: nn.Module, seed: int, documents: Documents | None, x: Tensor) -> Tensor:
         """Seeds in the very function that may run again in the backward: the masks are then the same."""
         if self._dropout and self.training:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed % 2**63)  # the most that it takes
         return layer(x, documents) if isinstance(layer, Block) else layer(x)
 
     def tensors(self) -> Iterator[StageTensor]:

@@ -44,13 +44,19 @@ class _Wandb:
     def __init__(self, config: Config, start_step: int) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project=config.project_name,
-            dir=config.checkpoints,
-            config=config.public(),
-            # By default up to 15 s of rows are lost when the process is killed.
-            settings=wandb.Settings(x_transaction_log_flush_interval=0.2, x_disable_stats=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project_name,
+                dir=config.checkpoints,
+                config=config.public(),
+                # By default up to 15 s of rows are lost when the process is killed.
+                settings=wandb.Settings(x_transaction_log_flush_interval=0.2, x_disable_stats=True, console="off"),
+            )
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ConfigError(
+                f"--train-log-backend wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
         # wandb's own step must grow with each row; a row of an evaluation comes at the step of an update.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")

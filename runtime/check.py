@@ -16,7 +16,7 @@ import torch
 from ..comm.probe import EdgeFigures
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
-from ..comm.verify import network_here
+from ..comm.verify import host_here, network_here
 from ..modules.checksums import SUMS, read_sums, sha256
 from ..modules.layers import unit_shapes
 from ..modules.shards import ShardError, ShardStore
@@ -37,6 +37,7 @@ from .prepare import (
     keep_freed_memory,
     layer_split,
     make_plan,
+    open_model,
     open_vocabulary,
     pick_device,
     share_threads,
@@ -68,8 +69,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     """Raises `CheckFailed`, on all ranks, unless the run can be started; rank 0 has printed its findings by then."""
     topology = Topology(config.data_group_size, config.pipeline_group_size)
     place = topology.coord(config.rank)
-    store = ShardStore(Path(config.model_name))
-    spec = store.spec
+    store, spec = open_model(config)
     check_model(config, spec)
     plan = make_plan(config)
     meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
@@ -81,7 +81,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     units = stage_units(layer_split(config, spec), place.stage)
     if config.rank == 0:
         log.info("--check: reading weights, planning memory")
-    files = look_at_files(store, units) if config.load_pretrained_model else Files(0, 0, {}, True, [])
+    files = look_at_files(store, units) if store is not None else Files(0, 0, {}, True, [])
     need = estimate(
         spec, units, plan[place.stage], rows=config.micro_batch_size, length=config.seq_length, dtype=dtype,
         device=device, recompute=config.recompute, optimizer=config.optimizer, offload=config.use_offload,
@@ -188,7 +188,7 @@ def free_host_memory() -> int:
 
 
 def host_pool() -> str:
-    return f"{os.uname().nodename} {network_here().split(' ')[0]}"
+    return f"{os.uname().nodename} {host_here()}"
 
 
 def gpu_pool(device: torch.device) -> str:

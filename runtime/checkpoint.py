@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,16 @@ from ..modules.checksums import checksum
 from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
+from .lineage import MANIFEST, CheckpointError, Start, belongs, choose, folder_of, inspect, survey
 from .optim import Optimizer
-from .retention import ALL, checkpoint_steps, doomed, prune, remove, sweep
+from .retention import ALL, checkpoint_steps, doomed, prune, sweep
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 
 log = logging.getLogger("farspan")
 
 
 Complete = Callable[[int, Tensor], object]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or must not be loaded."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +70,9 @@ class Progress:
         return self.updates - self.skipped
 
 
-def folder_of(root: Path, step: int) -> Path:
-    return root / f"checkpoint_{step}"
-
-
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: its manifest must be there, and each file with its size."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"no valid {MANIFEST} ({error.__class__.__name__})"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes and should have {size}"
-    return None
+    """What is wrong with a checkpoint, or None."""
+    return inspect(folder).fault or None
 
 
 class Checkpoints:
@@ -100,84 +82,50 @@ class Checkpoints:
         self, root: Path, rendezvous: Rendezvous, topology: Topology, timeout_s: float, keep: int = ALL
     ) -> None:
         self._keep = keep
+        self._start = Start(None, [], frozenset(), [])
         self.root, self._meeting, self._timeout_s = root, rendezvous, timeout_s
         rank = rendezvous.rank
         root.mkdir(parents=True, exist_ok=True)
-        # Who sees my mark shares my file system.
-        nonce = rendezvous.exchange("site nonce", os.urandom(8).hex())[0]
+        # Who sees my mark shares my file system. Rank 0 may still be opening its data, and others reading their shards.
+        nonce = rendezvous.exchange("site nonce", os.urandom(8).hex(), timeout_s)[0]
         mark = root / f".site-{nonce}-{rank}"
         mark.touch()
-        rendezvous.exchange("site marked", "")
+        rendezvous.exchange("site marked", "", timeout_s)
         self.site = [r for r in range(topology.world) if (root / f".site-{nonce}-{r}").exists()]
-        rendezvous.exchange("site seen", "")
+        rendezvous.exchange("site seen", "", timeout_s)
         mark.unlink()
         self.leads = rank == min(self.site)
         stage = topology.coord(rank).stage
         self.writes = rank == min(r for r in self.site if topology.coord(r).stage == stage)
 
-    def find(self, need: range, spec: ModelSpec, wanted: int = 0) -> int | None:
-        """The newest step, not past `latest`, whose checkpoint is complete for every rank; None where no rank has any.
+    def find(self, need: range, spec: ModelSpec, wanted: int | None = None) -> int | None:
+        """The step to go on from, the same on every rank (`choose` says which); None: from nothing.
 
-        With `wanted`, that step and no other, past `latest` or not. Raises `CheckpointError` where it is not there,
-        and without it where some ranks have one and others do not, or none is whole.
+        All ranks look together, also with `wanted` 0: what is there and left behind is not this run's own.
+        Raises `CheckpointError`.
         """
-        if wanted:
-            return self._find_one(need, spec, wanted)
+        mine = {
+            "root": str(self.root),
+            "latest": self._latest() if wanted is None else None,
+            "found": [asdict(found) for found in survey(self.root, need, spec)],
+            "new": os.urandom(8).hex(),
+        }
+        self._start = choose(self._meeting.exchange("checkpoints", mine, self._timeout_s), wanted)
+        if self._meeting.rank == 0:
+            for line in self._start.passed_over:
+                log.warning("passing over %s", line)
+        return self._start.step
+
+    def _latest(self) -> int | None:
         latest = self.root / "latest"
-        named: int | None = None
-        if latest.exists():
-            text = latest.read_text().strip()
-            if not text.isdigit():
-                raise CheckpointError(
-                    f"{latest} holds {text!r} instead of a step; write the step of a good checkpoint there"
-                )
-            named = int(text)
-        steps, faults = self._usable(named, need, spec) if named is not None else ([], [])
-        answers = self._meeting.exchange("checkpoints", {"named": named, "steps": steps, "faults": faults})
-        if all(answer["named"] is None for answer in answers):
+        if not latest.exists():
             return None
-        common = set.intersection(*(set(answer["steps"]) for answer in answers))
-        if not common:
-            without = [str(rank) for rank, answer in enumerate(answers) if not answer["steps"]]
-            fault = next((f for answer in answers for f in answer["faults"]), "their --checkpoint-path has none")
+        text = latest.read_text().strip()
+        if not text.isdigit():
             raise CheckpointError(
-                f"no checkpoint is complete for every rank (rank {', '.join(without) or 'all'}: {fault}); "
-                "copy the missing files there, or start over with --load-checkpoint false and another --checkpoint-path"
+                f"{latest} holds {text!r} instead of a step; write the step of a good checkpoint there"
             )
-        for fault in faults:
-            log.warning("passing over %s", fault)
-        return max(common)
-
-    def _find_one(self, need: range, spec: ModelSpec, wanted: int) -> int:
-        steps, faults = self._usable(max(checkpoint_steps(self.root), default=0), need, spec)
-        answers = self._meeting.exchange("checkpoints", {"steps": steps, "faults": faults})
-        common = sorted(set.intersection(*(set(answer["steps"]) for answer in answers)))
-        if wanted not in common:
-            faults = [fault for answer in answers for fault in answer["faults"]]
-            fault = next((f for f in faults if f"/checkpoint_{wanted}: " in f), "")
-            raise CheckpointError(
-                f"--load-step {wanted}: no such checkpoint is complete for every rank{fault and f' ({fault})'}. "
-                f"Those that are: {', '.join(map(str, common)) or 'none'}"
-            )
-        return wanted
-
-    def _usable(self, named: int, need: range, spec: ModelSpec) -> tuple[list[int], list[str]]:
-        steps, faults = [], []
-        for step in checkpoint_steps(self.root):
-            if step > named:
-                break
-            folder = folder_of(self.root, step)
-            fault = problem(folder)
-            if fault is None:
-                missing = [f for u in need if not (folder / (f := unit_file(spec, u))).exists()]
-                fault = f"{missing[0]} is not there" if missing else None
-            if fault is None:
-                steps.append(step)
-            else:
-                faults.append(f"{folder}: {fault}")
-        if named not in steps and not faults:
-            faults.append(f"{folder_of(self.root, named)} is not there")
-        return steps, faults
+        return int(text)
 
     def save(
         self,
@@ -196,7 +144,7 @@ class Checkpoints:
         if self.leads:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-        meeting.exchange(f"{name} opened", "", self._timeout_s)
+        save = meeting.exchange(f"{name} opened", os.urandom(8).hex(), self._timeout_s)[0]
         files = _write_units(temporary, spec, optimizer, complete, self.writes) if self.writes or complete else []
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
         mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(optimizer)}
@@ -212,13 +160,15 @@ class Checkpoints:
             missing = sorted({f for r in self.site for f in answers[r]["files"]} - set(present))
             if missing:
                 raise CheckpointError(f"{temporary}: {missing[0]} vanished while the checkpoint was written")
-            manifest = {"format": FORMAT, "files": {f: (temporary / f).stat().st_size for f in present}}
+            sizes = {file: (temporary / file).stat().st_size for file in present}
+            manifest = {"format": FORMAT, "save": save, "branches": self._start.branches, "files": sizes}
             for file in present:
                 _flush(temporary / file)
             _write_flushed(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _flush(temporary)
             if final.exists():
-                remove(final)  # left over from a run that was taken back to an earlier step, or broken
+                # Of a branch that was left, or broken. Its files go last, with the other leftovers: they may resist.
+                os.replace(final, self.root / f".{name}.{save}.old")
             os.replace(temporary, final)
             _flush(self.root)
         meeting.exchange(f"{name} complete", "", self._timeout_s)
@@ -228,10 +178,16 @@ class Checkpoints:
         meeting.exchange(f"{name} marked", "", self._timeout_s)
         if self.leads:
             # Only now does no site's `latest` name an older one any more.
-            good = [step for step in checkpoint_steps(self.root) if problem(folder_of(self.root, step)) is None]
-            prune(self.root, doomed(good, progress.step, progress.best_step, self._keep))
+            prune(self.root, doomed(self._own(), progress.step, progress.best_step, self._keep))
             sweep(self.root)
         return final
+
+    def _own(self) -> list[int]:
+        """The steps of this run's own good checkpoints at this site."""
+        found = [(step, inspect(folder_of(self.root, step))) for step in checkpoint_steps(self.root)]
+        return [
+            step for step, seen in found if not seen.fault and belongs(step, seen.branches or [], self._start.branches)
+        ]
 
     def _mark(self, name: str, step: int | None) -> None:
         """Let the file `name` say `step`, at one stroke; None: let there be no such file."""
@@ -249,8 +205,11 @@ class Checkpoints:
         if trainer.pop("format", None) != FORMAT:
             raise CheckpointError(f"{folder}/trainer.json is not of format {FORMAT}; it was written by another version")
         progress = Progress(**trainer)
-        if self.leads:
-            self._mark("best", progress.best_step)  # a run that is taken back to an earlier step knows no later best
+        if progress.best_step is not None and progress.best_step not in self._start.own:
+            # Deleted since, by the run that went on from here. All ranks see this alike.
+            if self._meeting.rank == 0:
+                log.warning("the best checkpoint, of step %d, is gone: looking for a best anew", progress.best_step)
+            progress = replace(progress, best_loss=None, best_step=None, waited=0)
         load_weights(ShardStore(folder), optimizer)
         for index, tensor in enumerate(optimizer.tensors):
             path = folder / _optim_file(spec, tensor.owner)
@@ -276,6 +235,16 @@ class Checkpoints:
                     )
             optimizer.load_state(index, state, progress.applied)
         return progress
+
+    def go_on(self, progress: Progress, taken_back: bool) -> None:
+        """Mark, at this site, where the run is: `best`, and after `taken_back` by --load-step also `latest`, or a crash
+        before the next save would lead back to the branch that was left. (What is passed over may be mended yet.)
+
+        All ranks must exchange something before they train: no site may save while another has its old `latest`."""
+        if self.leads:
+            if taken_back:
+                self._mark("latest", progress.step)
+            self._mark("best", progress.best_step)
 
 
 def load_weights(store: ShardStore, optimizer: Optimizer) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
@@ -17,13 +18,38 @@ log = logging.getLogger("farspan")
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)  # leaves a progress bar whole
+        # A progress bar stays whole, and at one stroke, since ranks may share a terminal.
+        tqdm.write(self.format(record) + "\n", file=sys.stderr, end="")
         sys.stderr.flush()
+
+
+class _Reader:
+    """stderr as long as somebody reads it. A run does not end because its terminal, or what it was piped into, has."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._if_read(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._if_read(self._stream.flush)
+
+    def _if_read(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the stream gives
+        try:
+            return work()
+        except OSError:
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+            return 0
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._stream, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank. Returns the exit status; a rank that fails ends its process on the way."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stderr = cast(TextIO, _Reader(sys.stderr))
     log.setLevel(logging.INFO)
     log.addHandler(_Handler())
     config = None

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -40,7 +41,7 @@ class ModelFlags:
     initial_loss_scale: float = _flag(32768.0, "dynamic loss scale at the start")
     min_loss_scale: float = _flag(1.0, "lowest dynamic loss scale")
     loss_scale_window: int = _flag(1000, "updates without an overflow after which the loss scale doubles")
-    hysteresis: int = _flag(2, "overflows since the last doubling from which on each halves the loss scale")
+    hysteresis: int = _flag(2, "overflows since the last doubling; this one and each further one halves the loss scale")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class GridFlags:
         "", "network interface for all traffic [the one whose route reaches rank 0]", agree=False
     )
     use_cuda: str = _flag(
-        "", "true or false [true where there is a CUDA device]", choices=("true", "false"), agree=False
+        "", "compute on the CUDA device [true where there is one]", choices=("true", "false"), agree=False
     )
     cuda_id: int = _flag(0, "number of the CUDA device [LOCAL_RANK or SLURM_LOCALID]", agree=False)
     dist_backend: str = _flag(
@@ -104,7 +105,9 @@ class DataFlags:
         "auto", "a token at each document's end; auto: as the tokenizer does", choices=("auto", "yes", "no")
     )
     rows: str = _flag(
-        "packed", "packed: documents follow one another; padded: one a sequence", choices=("packed", "padded")
+        "packed",
+        "packed: documents follow one another; padded: each in a sequence of its own",
+        choices=("packed", "padded"),
     )
     special_tokens: str = _flag(
         "", 'JSON file of tokens to add to tokenizer and model: {"tokens": ["<START_Q>", …]}', agree=False
@@ -311,9 +314,11 @@ def flag_options(f: Field[Any], kind: type | None = None) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="dist_train.py",
-        usage="dist_train.py --model-name DIR --task-name a.jsonl --checkpoint-path DIR --total-steps N [flags]",
+        usage="dist_train.py --model-name DIR --task-name a.jsonl --checkpoint-path DIR --total-steps N\n"
+        "                     --dist-url tcp://HOST:PORT --rank R [flags]",
         description="Fine-tune a GPT-J, GPT-NeoX or Llama model. Start one process a GPU, each with its own --rank.",
-        epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master.",
+        epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master. "
+        "README.md has examples.",
         allow_abbrev=False,
     )
     for group in GROUPS:
@@ -336,7 +341,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
         name = rest[position].split("=")[0]
         has_value = "=" not in rest[position] and position + 1 < len(rest) and not rest[position + 1].startswith("--")
         if name not in INERT:
-            raise ConfigError(f"unknown flag {rest[position]}; dist_train.py --help lists all of them")
+            near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1)
+            hint = f": is it {near[0]}?" if near else ""
+            raise ConfigError(f"unknown flag {rest[position]}{hint}; dist_train.py --help lists all of them")
         notices.append(f"{name} has no effect and is ignored")
         position += 2 if has_value else 1
     values = vars(known)
@@ -363,23 +370,29 @@ def _from_launcher(told: argparse.Namespace, env: Mapping[str, str]) -> dict[str
     found: dict[str, Any] = {}
     torchrun, slurm = "RANK" in env and "WORLD_SIZE" in env, "SLURM_PROCID" in env
     if told.rank < 0 and (torchrun or slurm):
-        found["rank"] = int(env["RANK"] if torchrun else env["SLURM_PROCID"])
-        local = env.get("LOCAL_RANK") if torchrun else env.get("SLURM_LOCALID")
-        if told.cuda_id == 0 and local is not None:
-            found["cuda_id"] = int(local)
+        found["rank"] = _number(env, "RANK" if torchrun else "SLURM_PROCID")
+        local = "LOCAL_RANK" if torchrun else "SLURM_LOCALID"
+        if told.cuda_id == 0 and local in env:
+            found["cuda_id"] = _number(env, local)
     if not told.world_size:
-        if torchrun or slurm:
-            found["world_size"] = int(env["WORLD_SIZE"] if torchrun else env["SLURM_NTASKS"])
-        else:
-            found["world_size"] = told.pipeline_group_size * told.data_group_size
+        size = "WORLD_SIZE" if torchrun else "SLURM_NTASKS" if slurm and "SLURM_NTASKS" in env else ""
+        found["world_size"] = _number(env, size) if size else told.pipeline_group_size * told.data_group_size
     if not told.dist_url:
         if "MASTER_ADDR" in env and "MASTER_PORT" in env:
             # torchrun's own agent listens on MASTER_PORT itself.
-            port = int(env["MASTER_PORT"]) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+            port = _number(env, "MASTER_PORT") + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
             found["dist_url"] = f"tcp://{env['MASTER_ADDR']}:{port}"
         elif slurm and (nodes := env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST"))):
-            found["dist_url"] = f"tcp://{first_host(nodes)}:{20000 + int(env.get('SLURM_JOB_ID', 0)) % 20000}"
+            job = _number(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
+            found["dist_url"] = f"tcp://{first_host(nodes)}:{20000 + job % 20000}"
     return found
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"the environment's {name}={env[name]} is no number: unset or mend it") from None
 
 
 def first_host(nodes: str) -> str:

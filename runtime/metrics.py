@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ class Metrics:
     def __init__(self, config: Config, start_step: int) -> None:
         self._config = config
         path = config.checkpoints / "metrics.jsonl"
-        kept = _rows_until(path, start_step)
-        path.write_text("".join(kept))
+        kept = _cut(path, start_step)
         self._file = path.open("a")
         self._backends = open_backends(config, start_step)
         self._bar = tqdm(
@@ -84,10 +84,11 @@ class Metrics:
             backend.close(exit_code)
 
 
-def _rows_until(path: Path, step: int) -> list[str]:
-    """The rows of metrics.jsonl up to `step`; a last row that a kill cut short is dropped."""
+def _cut(path: Path, step: int) -> list[str]:
+    """Drop the rows of metrics.jsonl past `step`, and a last row that a kill cut short, at one stroke; the rest."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -95,10 +96,19 @@ def _rows_until(path: Path, step: int) -> list[str]:
         if row["step"] > step:
             break
         kept.append(line)
+    if kept and not kept[-1].endswith("\n"):
+        kept[-1] += "\n"  # all of a row but its end
+    if kept != lines:
+        whole = path.with_name(f".{path.name}.tmp")
+        with whole.open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(whole, path)
     return kept
 
 
-_TOLD = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s"}
+_TOLD = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "eval_loss", "eval_perplexity"}
 
 
 def _further(row: dict[str, Any]) -> str:

@@ -16,6 +16,13 @@ def steps_of_epochs(config: Config, sequences: int) -> int:
     return -(-config.nepochs * sequences // in_update) * config.gradient_accumulate_step
 
 
+def mean_epoch(epochs: int, drawn: int, then: int, now: int) -> int:
+    """Sequences of an epoch on the mean of a run of `epochs`, where it had `then` while the first `drawn` came, and has
+    `now` for what is left: so much is left as if nothing had changed."""
+    left = max(0.0, epochs - drawn / then)
+    return math.ceil((drawn + left * now) / epochs)
+
+
 def perplexity(loss: float) -> float:
     """e^loss, of a loss in nats a token; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .config import Config
+from .continuity import SPECIAL_TOKENS, TOKENIZER, brief, digest
 from .lines import LineFile
 from .pretokenized import TokenFolder, is_pretokenized
 from .recipe import Recipe
@@ -43,12 +46,23 @@ def cache_of(config: Config) -> Path:
     return Path(config.data_cache) if config.data_cache else config.checkpoints / "data-cache"
 
 
-def open_source(spec: TaskSpec, cache: Path, digest: str) -> Readable | Tokenized:
-    """What a path names: a pre-tokenised folder, a table, or a file of lines. Raises `DataError`."""
-    if is_table(spec.path):
-        return Table(spec, cache)
-    path = Path(spec.path)
-    return TokenFolder(path, digest) if is_pretokenized(path) else LineFile(path, cache)
+def open_source(spec: TaskSpec, cache: Path) -> Readable:
+    """What a path names: a table, or a file of lines. Raises `DataError`."""
+    return Table(spec, cache) if is_table(spec.path) else LineFile(Path(spec.path), cache)
+
+
+def open_task(spec: TaskSpec, cache: Path, vocabulary: Vocabulary) -> tuple[Recipe, Readable | Tokenized]:
+    """A task's source, and the recipe that makes its tokens, or has made them.
+
+    Raises `DataError`, also for a pre-tokenised folder whose tokens the task, the flags or the tokenizer would make
+    otherwise.
+    """
+    if not is_pretokenized(Path(spec.path)):
+        return vocabulary.recipe(spec), open_source(spec, cache)
+    folder = TokenFolder(Path(spec.path), vocabulary.digest)
+    recipe = vocabulary.recipe(folder.says(spec))
+    folder.check(recipe.makes())
+    return recipe, folder
 
 
 def make_pool(recipes: Sequence[Recipe | None], config: Config) -> Pool:
@@ -61,19 +75,16 @@ def open_each(
 ) -> tuple[list[Task], Pool]:
     """The tasks of `specs`, and the pool that works for all of them. Raises `DataError`."""
     cache = cache_of(config)
-    sources = [open_source(spec, cache, vocabulary.digest) for spec in specs]
-    recipes = [
-        None if isinstance(source, TokenFolder) else vocabulary.recipe(spec)
-        for spec, source in zip(specs, sources, strict=True)
-    ]
-    pool = make_pool(recipes, config)
+    opened = [open_task(spec, cache, vocabulary) for spec in specs]
+    pool = make_pool([None if isinstance(source, TokenFolder) else recipe for recipe, source in opened], config)
     total = sum(spec.weight for spec in specs)
     tasks = [
         Task(
-            spec, source, number, config.seed, pool,
-            skip_bad=config.bad_lines == "skip", share=spec.weight / total, shuffled=shuffled,
+            recipe.spec, source, number, config.seed, pool,
+            skip_bad=config.bad_lines == "skip", share=recipe.spec.weight / total, shuffled=shuffled,
+            made=digest(json.dumps(recipe.makes())),
         )
-        for number, (spec, source) in enumerate(zip(specs, sources, strict=True))
+        for number, (recipe, source) in enumerate(opened)
     ]  # fmt: skip
     return tasks, pool
 
@@ -84,4 +95,14 @@ def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
     return TaskMixture(
         tasks, pool, config.seq_length, config.seed,
         packed=config.rows == "packed", pad=vocabulary.pad, positions=config.document_mask,
+        made=made_by(config, vocabulary, tasks),
     )  # fmt: skip
+
+
+def made_by(config: Config, vocabulary: Vocabulary, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What makes the tokens of all tasks and their order, flag → value (or its digest)."""
+    # A chat template frames its documents itself.
+    frame = vocabulary.frame.flags() if any(not task.spec.messages for task in tasks) else {}
+    told = {SPECIAL_TOKENS: vocabulary.added, "--seed": config.seed, **frame}
+    cut = {"--seq-length": config.seq_length, "--rows": config.rows}
+    return {key: brief(value) for key, value in {TOKENIZER: vocabulary.digest, **told, **cut}.items()}

@@ -127,6 +127,10 @@ class Optimizer:
             flat = tensor.parameter.detach().view(-1)
             flat.copy_(weights[offset : offset + flat.numel()])
 
+    def not_finite(self) -> str | None:
+        """A tensor of the stage that holds an infinity or a NaN, by its name on disk."""
+        return next((t.hf_name for t in self.tensors if not t.parameter.detach().isfinite().all()), None)
+
     @torch.no_grad()
     def set_weight(self, index: int, weight: Tensor) -> None:
         """Make `weight`, of the shape of `tensors[index]`, the one that is trained, and give it to the stage."""

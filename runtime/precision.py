@@ -68,7 +68,7 @@ class LossScaler:
         if finite:
             self.in_vain = 0
             self.clean += 1
-            if self.clean == self.window and self.dynamic:
+            if self.clean >= self.window and self.dynamic:
                 self.clean, self.left = 0, self.hysteresis
                 self.scale *= 2.0
             return

@@ -6,9 +6,9 @@ import ctypes
 import hashlib
 import logging
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,6 +16,7 @@ from .. import __version__
 from ..comm.errors import Mismatch
 from ..comm.rendezvous import Rendezvous
 from ..comm.transport import prepare
+from ..comm.verify import host_here
 from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
@@ -26,16 +27,24 @@ from ..pipeline.stage import Stage
 from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
-from .milestones import steps_of_epochs
+from .milestones import mean_epoch, steps_of_epochs
 from .network import Network
 from .optim import Optimizer
 from .tasks import TaskMixture
 from .tokenizer import Vocabulary
 from .validation import validate_length
 
+_DESCRIPTORS = 2**16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 log = logging.getLogger("farspan")
+
+
+def open_model(config: Config) -> tuple[ShardStore | None, ModelSpec]:
+    """Where the pretrained weights lie, unless --load-pretrained-model false wants none, and what model it is."""
+    folder = Path(config.model_name)
+    store = ShardStore(folder) if config.load_pretrained_model else None
+    return store, store.spec if store is not None else ModelSpec.from_folder(folder)
 
 
 def check_model(config: Config, spec: ModelSpec) -> None:
@@ -124,14 +133,27 @@ def pick_device(config: Config, network: Network) -> torch.device:
 
 def share_threads(meeting: Rendezvous) -> str:
     """Divide this host's cores among its ranks, unless OMP_NUM_THREADS has a say."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    hosts = meeting.exchange("host", boot.read_text() if boot.exists() else os.uname().nodename)
+    hosts = meeting.exchange("host", host_here())
     ranks = hosts.count(hosts[meeting.rank])
     if os.environ.get("OMP_NUM_THREADS"):
         return f", {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS)"
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // ranks))
     return f", {torch.get_num_threads()} thread(s) ({cores} cores, {ranks} ranks)"
+
+
+def allow_descriptors() -> None:
+    """Raise this process's own limit on open files as far as its hard limit lets it, and a run could need.
+
+    Each connection between two ranks takes one, and so does each stranger at a port."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:  # a limit beside the hard one, as macOS has it
+        log.debug("the limit on open files stays %d: %s", soft, error)
 
 
 def keep_freed_memory() -> None:
@@ -160,13 +182,15 @@ def open_vocabulary(config: Config, spec: ModelSpec) -> Vocabulary:
 def settle(
     config: Config, progress: Progress, mixture: TaskMixture | None, meeting: Rendezvous
 ) -> tuple[Config, Progress]:
-    """Turn --nepochs into steps: rank 0 counts, once for a run, and tells the others. Raises `ConfigError`."""
+    """Turn --nepochs into steps: rank 0 counts, once for a run (again where its epochs have become longer or shorter),
+    and tells the others. Raises `ConfigError`."""
     if not config.nepochs:
         return config, progress
     count = progress.epoch_sequences
-    if count is None and mixture is not None:
+    if mixture is not None and (count is None or mixture.resized):
         log.info("counting the tokens of all tasks, for --nepochs")
-        count = mixture.sequences()
+        now = mixture.sequences()
+        count = now if count is None else mean_epoch(config.nepochs, mixture.drawn, count, now)
     count = meeting.exchange("sequences of an epoch", count, config.wire_timeout)[0]
     steps = steps_of_epochs(config, count)
     if config.rank == 0:
@@ -177,10 +201,15 @@ def settle(
 
 
 def fill(
-    config: Config, spec: ModelSpec, store: ShardStore, stage: Stage, optimizer: Optimizer, checkpoints: Checkpoints
+    config: Config,
+    spec: ModelSpec,
+    store: ShardStore | None,
+    stage: Stage,
+    optimizer: Optimizer,
+    checkpoints: Checkpoints,
 ) -> Progress:
     """Fill the stage: from the latest checkpoint or --load-step's, or from the pretrained model, or at random."""
-    step = checkpoints.find(stage.units, spec, config.load_step) if config.load_checkpoint else None
+    step = checkpoints.find(stage.units, spec, (config.load_step or None) if config.load_checkpoint else 0)
     if step is not None:
         folder = folder_of(config.checkpoints, step)
         ours, theirs = spec, ShardStore(folder).spec
@@ -194,8 +223,9 @@ def fill(
                 f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
                 "a run cannot change it halfway"
             )
+        checkpoints.go_on(progress, taken_back=config.load_step > 0)
         return progress
-    if config.load_pretrained_model:
+    if store is not None:
         load_weights(store, optimizer)
     else:
         for unit, layer in zip(stage.units, stage.layers, strict=True):

@@ -16,11 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import Config, ConfigError, flag_options
-from .lines import LineFile
 from .open_tasks import make_pool, open_source, specs_of
-from .pretokenized import TokenWriter
+from .pretokenized import TokenWriter, is_pretokenized
 from .recipe import Block
-from .tables import Table
 from .task_spec import DataError
 from .tasks import SHOWN
 from .tokenizer import Vocabulary
@@ -69,11 +67,12 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     if len(specs) > 1:
         raise ConfigError(f"one task at a time: {specs[0].path} and {specs[1].path} need a folder each")
     vocabulary = Vocabulary(config)
-    source = open_source(specs[0], Path(config.data_cache), vocabulary.digest)
-    if not isinstance(source, LineFile | Table):
+    if is_pretokenized(Path(specs[0].path)):
         raise DataError(f"{specs[0].path} is tokenised already")
-    writer = TokenWriter(output, vocabulary.size, vocabulary.digest, specs[0].loss_on == "completion")
-    pool = make_pool([vocabulary.recipe(specs[0])], config)
+    source = open_source(specs[0], Path(config.data_cache))
+    recipe = vocabulary.recipe(specs[0])
+    writer = TokenWriter(output, vocabulary.size, vocabulary.digest, recipe.makes())
+    pool = make_pool([recipe], config)
     bad = 0
 
     def blocks() -> Iterator[tuple[np.ndarray, Block]]:

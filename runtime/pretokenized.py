@@ -1,6 +1,7 @@
 """Tasks that were tokenised before the run, in a folder:
 
-meta.json      {"format": 1, "dtype": "uint16", "documents": …, "tokens": …, "tokenizer": digest, "masked": …}
+meta.json      {"format": 2, "dtype": "uint16", "documents": …, "tokens": …, "tokenizer": digest, "masked": …,
+                "made": what decided the tokens, as of `Recipe.makes`}
 tokens.bin     all tokens, one document after another, little-endian
 ends.npy       int64 [documents]: where each document ends in tokens.bin
 targets.bin    one byte a token, 1 where the loss counts it; only if `masked`
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from .recipe import Block
-from .task_spec import DataError
+from .task_spec import DataError, TaskSpec
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
 
 
@@ -40,7 +41,8 @@ class TokenFolder:
             self._tokens = np.memmap(path / "tokens.bin", dtype=np.dtype(meta["dtype"]), mode="r")
             self._ends = np.load(path / "ends.npy", mmap_mode="r")
             self._targets = np.memmap(path / "targets.bin", dtype=bool, mode="r") if masked else None
-            theirs = meta["tokenizer"]
+            theirs, self._made = meta["tokenizer"], dict(meta["made"])
+            self._made["loss_on"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
@@ -52,6 +54,21 @@ class TokenFolder:
             raise DataError(
                 f"{path} was tokenised by another tokenizer (or other --special-tokens) than this run's: "
                 "preprocess again, or name that one by --tokenizer-name"
+            )
+
+    def says(self, spec: TaskSpec) -> TaskSpec:
+        """`spec`, with this folder's form and `loss_on` where it says none itself."""
+        return spec if spec.told else spec.formed(self._made)
+
+    def check(self, wanted: dict[str, Any]) -> None:
+        """`wanted`: `Recipe.makes` of the task. Raises `DataError` where these tokens were made otherwise."""
+        if self._made != wanted:
+            made, told = (
+                ", ".join(f"{k} {json.dumps(v, ensure_ascii=False)}" for k, v in one.items() if other.get(k) != v)
+                for one, other in ((self._made, wanted), (wanted, self._made))
+            )
+            raise DataError(
+                f"{self.path} was tokenised with {made}, and this run says {told}: say the same, or preprocess again"
             )
 
     def block(self, numbers: np.ndarray) -> Block:
@@ -69,9 +86,10 @@ class TokenFolder:
 class TokenWriter:
     """Writes such a folder beside `path`, and gives it its name when it is whole."""
 
-    def __init__(self, path: Path, vocab: int, tokenizer: str, masked: bool) -> None:
+    def __init__(self, path: Path, vocab: int, tokenizer: str, made: dict[str, Any]) -> None:
+        masked = made["loss_on"] == "completion"
         self._path, self.partial = path, path.with_name(f".{path.name}.partial")
-        self._meta = {"format": FORMAT, "tokenizer": tokenizer, "masked": masked}
+        self._meta = {"format": FORMAT, "tokenizer": tokenizer, "masked": masked, "made": made}
         self._dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
         if path.exists():
             raise DataError(f"--output {path} is there already: remove it or choose another name")

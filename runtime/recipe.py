@@ -93,6 +93,10 @@ class Frame:
     begin: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
 
+    def flags(self) -> dict[str, Any]:
+        """As the flags that say it, tokens by their ids."""
+        return {"--document-separator": self.separator, "--bos": list(self.begin), "--eos": list(self.end)}
+
 
 Render = Callable[[list[dict[str, str]]], tuple[str, list[Span]]]
 """A conversation → its text, and the spans (in characters) that the assistant says."""
@@ -106,6 +110,14 @@ class Recipe:
     encoder: Encoder
     frame: Frame
     render: Render | None = None
+
+    def makes(self) -> dict[str, Any]:
+        """What decides the tokens beside the tokenizer, as JSON and in the user's words: what is kept of a recipe where
+        its tokens outlive the run."""
+        form = self.spec.form()
+        if self.spec.messages:
+            return {**form, "chat template": getattr(self.render, "digest", "")}
+        return {**form, **self.frame.flags()}
 
     def __call__(self, raws: Sequence[Raw]) -> Block:
         texts: list[str] = []

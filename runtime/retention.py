@@ -39,10 +39,14 @@ def remove(folder: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Delete what crashes have left: checkpoints half written or half deleted."""
-    for pattern in (".checkpoint_*.old", ".checkpoint_*.tmp"):
+    """Delete what crashes have left: checkpoints half written or half deleted, the marks of ranks that were starting.
+    What cannot be deleted is named and left."""
+    for pattern in (".checkpoint_*.old", ".checkpoint_*.tmp", ".site-*"):
         for leftover in root.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            except OSError as error:
+                log.warning("cannot delete %s: %s", leftover, error.strerror)
 
 
 def prune(root: Path, steps: list[int]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 LOSS_ON = ("all", "completion")
+FORMS = ("text", "template", "messages")
 
 
 class DataError(ValueError):
@@ -21,6 +22,7 @@ class TaskSpec:
     """One task. Of `text` (a field), `template` and `messages` (a field with a conversation) exactly one is set.
 
     `repeats`: how many epochs it may be read, 0 for any number; `subset` and `split` matter for `hf://` paths alone.
+    `told`: whether the form or `loss_on` was said, and not left at what is usual.
     """
 
     path: str
@@ -32,10 +34,19 @@ class TaskSpec:
     repeats: int = 0
     subset: str = ""
     split: str = "train"
+    told: bool = field(default=False, compare=False)
 
     @property
     def template_fields(self) -> list[str]:
         return [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+
+    def form(self) -> dict[str, str]:
+        """The key of the form that is set, and `loss_on`, as they stand in --task-config."""
+        return {**{key: getattr(self, key) for key in FORMS if getattr(self, key)}, "loss_on": self.loss_on}
+
+    def formed(self, form: dict[str, Any]) -> TaskSpec:
+        """This task with the form and `loss_on` that `form` (and what else is in it) holds. Raises `KeyError`."""
+        return replace(self, **{key: form.get(key, "") for key in FORMS}, loss_on=form["loss_on"])
 
 
 def parse_tasks(text: str) -> list[TaskSpec]:
@@ -70,7 +81,7 @@ def read_task_config(path: Path) -> list[TaskSpec]:
 
 
 def _checked(row: dict[str, Any], where: str) -> TaskSpec:
-    known = {f.name: f.default for f in fields(TaskSpec)}
+    known = {f.name: f.default for f in fields(TaskSpec) if f.compare}
     for key, value in row.items():
         if key not in known:
             raise DataError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
@@ -81,10 +92,11 @@ def _checked(row: dict[str, Any], where: str) -> TaskSpec:
             raise DataError(f"{where}: {key} must be of type {kind.__name__}, not {json.dumps(value)}")
     if not row.get("path"):
         raise DataError(f"{where}: no path")
-    forms = [key for key in ("text", "template", "messages") if row.get(key)]
+    forms = [key for key in FORMS if row.get(key)]
     if len(forms) > 1:
         raise DataError(f"{where}: {' and '.join(forms)} exclude one another: give one")
-    spec = TaskSpec(**{**row, **({} if forms else {"text": "text"})})
+    told = bool(forms) or "loss_on" in row
+    spec = TaskSpec(**{**row, **({} if forms else {"text": "text"})}, told=told)
     if not 0 < spec.weight < math.inf:
         raise DataError(f"{where}: the weight must be a positive number")
     if spec.repeats < 0:

@@ -7,12 +7,13 @@ import itertools
 import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .continuity import ADVICE, changes
 from .recipe import Block, Raw
 from .task_spec import DataError, TaskSpec, parse_tasks
 from .token_workers import Pending, Pool
@@ -45,8 +46,13 @@ class Tokenized(Source, Protocol):
 
 @dataclass
 class Cursor:
-    """The next token of a task: `skip` tokens into document `position` of this epoch's order. And what it gave."""
+    """The next token of a task: `skip` tokens into document `position` of this epoch's order. And what it gave.
 
+    `order` seeds the task's orders. It is kept here, and is not the task's place in the list, so that tasks may be put
+    before it or taken away when a run goes on.
+    """
+
+    order: int = 0
     epoch: int = 0
     position: int = 0
     skip: int = 0
@@ -103,10 +109,12 @@ class Task:
         skip_bad: bool = False,
         share: float = 1.0,
         shuffled: bool = True,
+        made: str = "",
     ) -> None:
-        self.spec, self.source, self.cursor = spec, source, Cursor()
+        """`made`: digest of what makes the task's tokens."""
+        self.spec, self.source, self.cursor = spec, source, Cursor(order=number)
         self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
-        self._shuffled = shuffled
+        self._shuffled, self._made = shuffled, made
         mean = max(1, source.size // source.rows)
         self._step = max(1, min(256, BLOCK_BYTES // mean))
         self._ahead = max(1, round(pool.ahead * share)) if pool.ahead else 0
@@ -182,10 +190,10 @@ class Task:
                 made = coming.popleft()
                 yield np.diff((made if isinstance(made, Block) else made.get()).ends, prepend=0)
 
-    def state(self) -> dict[str, int]:
-        return {**vars(self.cursor), "lines": self.source.rows, "size": self.source.size}
+    def state(self) -> dict[str, Any]:
+        return {**vars(self.cursor), "lines": self.source.rows, "size": self.source.size, "made": self._made}
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Raises `DataError` if the source is not the one that the cursor points into."""
         path = self.spec.path
         if state["lines"] != self.source.rows:
@@ -198,8 +206,18 @@ class Task:
                 f"{path} has {self.source.size} bytes, and had {state['size']} when the checkpoint was saved; "
                 "put the old file back, or name the new one by another path to start it from its beginning"
             )
-        self.cursor = Cursor(**{key: state[key] for key in vars(self.cursor)})
+        if state.get("made", self._made) != self._made:
+            raise DataError(
+                f"{path}: its text, template, messages, loss_on or chat template is not what it was when the "
+                f"checkpoint was saved: {ADVICE}"
+            )
+        self.start(Cursor(**{key: state[key] for key in vars(self.cursor)}))
+
+    def start(self, cursor: Cursor) -> None:
+        """Read on from `cursor`."""
+        self.cursor = cursor
         self._coming.clear()
+        self._orders.clear()
         self._current, self._barren = None, 0
 
     def _at_cursor(self) -> _Block | None:
@@ -240,7 +258,7 @@ class Task:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             order = np.arange(self.source.rows, dtype=np.uint32 if self.source.rows < 1 << 32 else np.int64)
             if self._shuffled:
-                np.random.default_rng([self._seed, self._number, epoch]).shuffle(order)
+                np.random.default_rng([self._seed, self.cursor.order, epoch]).shuffle(order)
             self._orders[epoch] = order
         return self._orders[epoch]
 
@@ -272,7 +290,10 @@ class TaskMixture:
         packed: bool = True,
         pad: int = 0,
         positions: bool = False,
+        made: Mapping[str, Any] | None = None,
     ) -> None:
+        """`made`: what makes all tasks' tokens and their order, flag → value; kept in the state, and compared."""
+        self._made, self.resized = dict(made or {}), False
         self.tasks, self._pool = list(tasks), pool
         self._length, self._seed, self._packed, self._pad = length, seed, packed, pad
         self._positions = positions
@@ -323,16 +344,33 @@ class TaskMixture:
 
     def state(self) -> dict[str, Any]:
         """The cursor, as JSON: under 4 KiB for 20 tasks, however long their paths."""
-        return {"drawn": self.drawn, "tasks": {_short(key): task.state() for key, task in self.keyed()}}
+        tasks = {_short(key): task.state() for key, task in self.keyed()}
+        return {"drawn": self.drawn, "made": self._made, "tasks": tasks}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on at a cursor. A task that the cursor does not know starts at its beginning. Raises `DataError`."""
+        """Go on at a cursor. A task that the cursor does not know starts at its beginning. `resized`: an epoch may now
+        hold another number of sequences. Raises `DataError` where the cursor points into other tokens."""
+        if "made" not in state:
+            log.warning(
+                "the checkpoint is of an older version: whether seed, tokenizer and what frames a document are still "
+                "the same is not known"
+            )
+        changed = changes(state.get("made", {}), self._made)
+        for line in changed:
+            log.warning("%s when the checkpoint was saved: the same tokens in the same order, cut otherwise", line)
         self.drawn = state["drawn"]
+        # Before cursors had an order, it was the task's place.
+        known = {key: {"order": place, **task} for place, (key, task) in enumerate(state["tasks"].items())}
+        unused = itertools.count(1 + max(task["order"] for task in known.values()))
         for key, task in self.keyed():
-            if _short(key) in state["tasks"]:
-                task.load_state(state["tasks"][_short(key)])
+            if (cursor := known.pop(_short(key), None)) is not None:
+                task.load_state(cursor)
             else:
                 log.warning("the checkpoint does not know the task %s: it starts at its beginning", key)
+                task.start(Cursor(order=next(unused)))
+        self.resized = bool(changed or known or len(self.tasks) > len(state["tasks"]))
+        if known:
+            log.warning("%d task(s) of the checkpoint are not named any more: their place is forgotten", len(known))
 
     def prefetch(self) -> None:
         for task in self.tasks:

@@ -84,6 +84,7 @@ class ChatRender:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spans: bool) -> None:
         self._tokenizer, self._spans = tokenizer, spans
+        self.digest = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()[:8]
 
     def __call__(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
         text = self._render(messages, False)

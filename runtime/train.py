@@ -19,7 +19,7 @@ from ..comm.errors import InterfaceError, WireError, line_of
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
-from ..modules.shards import ShardError, ShardStore
+from ..modules.shards import ShardError
 from ..modules.spec import ModelSpec, SpecError
 from ..pipeline.executor import Executor
 from ..pipeline.partition import PartitionError, stage_units
@@ -42,6 +42,7 @@ from .open_tasks import open_tasks
 from .optim import Optimizer
 from .precision import LossScaler, compute_dtype
 from .prepare import (
+    allow_descriptors,
     check_model,
     describe,
     digest,
@@ -50,6 +51,7 @@ from .prepare import (
     layer_split,
     make_evaluation_plan,
     make_plan,
+    open_model,
     open_vocabulary,
     pick_device,
     same_weights,
@@ -107,6 +109,7 @@ class Signals:
 def run(config: Config) -> int:
     """Run one rank whose flags are good. Returns 0; a rank that fails ends its process here."""
     meeting = None
+    allow_descriptors()
     try:
         signals = Signals()
         try:
@@ -122,6 +125,8 @@ def run(config: Config) -> int:
         meeting.close()
         return 0
     except Exception as error:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it ends, once the others know why
         if config.debug:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
@@ -163,10 +168,12 @@ def tell(error: Exception, config: Config) -> None:
 
 def leave(line: str) -> None:
     """End the process with one line. Threads that are stuck in the wire must not keep it, so nothing is torn down."""
-    sys.stderr.write(f"\nfarspan: {line}\n")
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(1)
+    try:
+        sys.stderr.write(f"\nfarspan: {line}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+    finally:
+        os._exit(1)
 
 
 def train(config: Config, meeting: Rendezvous, signals: Signals, network: Network) -> None:
@@ -174,8 +181,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     born = psutil.Process().create_time()
     topology = Topology(config.data_group_size, config.pipeline_group_size)
     place = topology.coord(config.rank)
-    store = ShardStore(Path(config.model_name))
-    spec = store.spec
+    store, spec = open_model(config)
     check_model(config, spec)
     split = layer_split(config, spec)
     plan = make_plan(config)
@@ -219,7 +225,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if progress.step >= config.total_steps:
         if config.rank == 0:
             log.info(
-                "%s is at --total-steps %d already: nothing to do",
+                "%s is at or past --total-steps %d: nothing to do",
                 folder_of(config.checkpoints, progress.step), config.total_steps,
             )  # fmt: skip
         return
@@ -250,7 +256,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         row = lower(make_evaluation_plan(config))[place.stage]
         executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
         evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
-    if vocabulary is not None and vocabulary.added:
+    if vocabulary is not None and (vocabulary.added or not tokenizer.is_dir()):
         tokenizer = vocabulary.save(config.checkpoints / "tokenizer")
     trainer = Trainer(
         config,
@@ -274,9 +280,14 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         usage=Usage(meter, device, topology),
     )
     if config.rank == 0:
-        log.info("training starts %.1f s after the process", time.time() - born)
+        log.info("training starts %.1f s after the process did", time.time() - born)
     signals.training = True
     progress, early = trainer.run(progress)
+    if progress.applied == 0 and not early:
+        raise Diverged(
+            f"all {progress.updates} updates overflowed and were skipped: the weights are what they were. Try a lower "
+            "--initial-loss-scale (or --loss-scale)"
+        )
     feed.close()
     if profile is not None:
         trainer.executor.watch.settle()
@@ -301,6 +312,11 @@ def _save(
     rank: int,
     complete: Complete | None,
 ) -> None:
+    if (bad := optimizer.not_finite()) is not None:
+        raise Diverged(
+            f"after update {progress.updates} the weights are no longer finite ({bad}), and are not saved: try a lower "
+            "--lr, from the latest checkpoint on if there is one"
+        )
     folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer, complete)
     if rank == 0:
         log.info("saved %s", folder)
@@ -328,6 +344,8 @@ def _summary(progress: Progress, early: str, metrics: Metrics, config: Config) -
         how or "done", progress.step, config.total_steps, metrics.first_loss, metrics.last_loss,
         folder_of(config.checkpoints, progress.step),
     )  # fmt: skip
+    if progress.skipped:
+        log.info("%d of %d updates overflowed and were skipped", progress.skipped, progress.updates)
     if progress.best_loss is not None and progress.best_step is not None:
         log.info(
             "the best evaluation: loss %.4f, perplexity %.2f; that model is in %s",

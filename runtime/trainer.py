@@ -138,7 +138,7 @@ class Trainer:
                 raise Diverged(
                     f"update {update + 1}: the gradient norm is {verdict.norm} and the summed loss {verdict.loss_sum}; "
                     "the weights are as after the update before. Try a lower --lr or a longer --warmup-steps, "
-                    "and go on from the latest checkpoint"
+                    "from the latest checkpoint on if there is one"
                 )
             lr = c.lr * lr_share(c.scheduler, progress.applied, c.updates, c.warmup_steps, c.lr_floor)
             updating = time.perf_counter()

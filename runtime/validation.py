@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from math import isfinite
 
 from .config import LOG_BACKENDS, Config, ConfigError, dash
 
@@ -15,6 +17,9 @@ def validate(config: Config) -> None:
         if bad:
             raise ConfigError(message)
 
+    for f in fields(c):
+        value = getattr(c, f.name)
+        refuse(isinstance(value, float) and not isfinite(value), f"--{dash(f.name)} {value} must be a finite number")
     grid = c.pipeline_group_size * c.data_group_size
     refuse(not c.model_name, "--model-name is needed: a folder of layer shards, or a Hugging Face folder")
     refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun or srun)")
@@ -26,7 +31,7 @@ def validate(config: Config) -> None:
         refuse(getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be at least 1")
     for name in (
         "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
-        "loss_scale", "data_workers",
+        "loss_scale", "data_workers", "cuda_id",
     ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
     refuse(
@@ -81,12 +86,12 @@ def validate(config: Config) -> None:
         validate_length(c)
     refuse(c.fp16 and c.bf16, "--fp16 and --bf16 exclude each other: give one")
     for name in ("initial_loss_scale", "min_loss_scale"):
-        refuse(not 0 < getattr(c, name) < float("inf"), f"--{dash(name)} {getattr(c, name)} must be a positive number")
+        refuse(not getattr(c, name) > 0, f"--{dash(name)} {getattr(c, name)} must be a positive number")
     refuse(
         c.initial_loss_scale < c.min_loss_scale,
         f"--initial-loss-scale {c.initial_loss_scale} is below --min-loss-scale {c.min_loss_scale}",
     )
-    refuse(not c.bucket_mb > 0, f"--bucket-mb {c.bucket_mb} must be more than 0")
+    refuse(c.bucket_mb < 1e-3, f"--bucket-mb {c.bucket_mb} must be at least 0.001")
     refuse(
         c.optimizer == "8bit-adam" and c.dp_mode == "zero1",
         "--optimizer 8bit-adam has one scale for 256 elements, which the shards of --dp-mode zero1 would cut: "
@@ -96,13 +101,20 @@ def validate(config: Config) -> None:
     refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
-    refuse(c.layer_split and not split.isdigit(), f"--layer-split {c.layer_split} must be numbers, e.g. 3,2")
+    refuse(
+        c.layer_split and not (split.isascii() and split.isdigit()),
+        f"--layer-split {c.layer_split} must be numbers, e.g. 3,2",
+    )
     _validate_checkpoints(c, refuse)
     _validate_evaluation(c, refuse)
     for name in c.log_backends:
         refuse(name not in LOG_BACKENDS, f"--train-log-backend {name!r} is none of {', '.join(LOG_BACKENDS)}")
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be in [0, 1)")
+    refuse(
+        not c.adam_eps > 0, f"--adam-eps {c.adam_eps} must be more than 0: what never had a gradient is divided by it"
+    )
+    refuse(not 0 <= c.seed < 2**32, f"--seed {c.seed} must be from 0 to 2³² − 1")
 
 
 def validate_length(c: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,8 +103,9 @@ def connect(
     )
     # NCCL's sockets are bound to the interface by NCCL itself, and need not be what carries its bytes.
     if gloo := [group for name, group in groups.items() if backend_of(config, name) == "gloo"]:
-        networks = meeting.exchange("network", network_here(), config.join_timeout)
-        verify_interfaces(gloo, networks, config.join_timeout, meeting.liveness.check)
+        told = meeting.exchange("network", [network_here(), os.urandom(16).hex()])
+        networks, nonces = zip(*told, strict=True)
+        verify_interfaces(gloo, networks, meeting.key("".join(nonces)), config.join_timeout, meeting.liveness.check)
     codec, timeout_s = RawCodec(), config.wire_timeout
 
     def sender(name: str, to: int, lane_name: str) -> Sender:

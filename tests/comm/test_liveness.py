@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 from farspan.comm.errors import PeerLost, RemoteFailure
 from farspan.comm.liveness import Liveness
-from farspan.comm.store import StoreClient, StoreServer
+from farspan.comm.store import StoreClient
+from farspan.comm.store_server import StoreServer
 from launch import free_port
 
 PERIOD_S, PATIENCE_S = 0.05, 2.0
@@ -97,3 +101,72 @@ def test_the_first_cause_wins_and_reaches_all(join: Join) -> None:
 def test_an_error_that_is_not_of_the_wire_says_whose_it_is(join: Join) -> None:
     assert join(1)[0].report(ValueError("no such file")) == "rank 1: no such file"
     assert "First cause: rank 1: no such file" in cause(join(2)[0])
+
+
+@pytest.fixture
+def no_descriptor() -> Iterator[Callable[[bool], None]]:
+    """`no_descriptor(True)`: this process can open nothing, until `no_descriptor(False)`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def free(none: bool) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3 if none else soft, hard))
+
+    yield free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def beats(client: StoreClient, rank: int, more: int) -> None:
+    """Wait until the rank's heart has beaten so many times more."""
+    first, deadline = client.add(f"beat/{rank}", 0), time.monotonic() + 20
+    while client.add(f"beat/{rank}", 0) < first + more:
+        assert time.monotonic() < deadline, "the heart stands still"
+        time.sleep(0.01)
+
+
+def test_a_moment_without_descriptors_does_not_end_the_watching(
+    join: Join, no_descriptor: Callable[[bool], None]
+) -> None:
+    (master, client), (leaving, other) = join(0), join(2)
+    beats(client, 0, 3)
+    published = client.get("endpoints/0")
+    no_descriptor(True)
+    with pytest.raises(OSError, match="Too many open files"):
+        os.listdir("/proc/self/fd")
+    for rank in (0, 2):
+        beats(client, rank, 5)
+    assert client.get("endpoints/0") == published
+    no_descriptor(False)
+    quiet(master, leaving, for_s=0.2)
+    leaving._stop.set()
+    other._socket.shutdown(2)
+    assert cause(master).startswith("rank 0: lost rank 2 ")
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), psutil.AccessDenied()])
+def test_what_cannot_be_looked_at_now_is_looked_at_later(
+    join: Join, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def blind() -> None:
+        raise error
+
+    liveness, client = join(1)
+    monkeypatch.setattr(liveness, "_silent_connection", blind)
+    beats(client, 1, 5)
+    liveness.check()
+
+
+def test_a_watcher_that_cannot_go_on_is_its_ranks_failure(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd() -> None:
+        raise ZeroDivisionError("odd")
+
+    told, other = join(1)[0], join(2)[0]
+    monkeypatch.setattr(told, "_silent_connection", odd)
+    line = "rank 1: unexpected ZeroDivisionError in the watcher: odd"
+    assert cause(told) == line
+    assert cause(other).endswith(f"First cause: {line}")
+
+
+def test_a_watcher_that_cannot_even_tell_the_others_says_so_itself(join: Join) -> None:
+    liveness, client = join(1)
+    client.set("failure", "no JSON")
+    assert cause(liveness).startswith("rank 1: unexpected JSONDecodeError in the watcher: ")

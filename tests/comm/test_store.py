@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from farspan.comm import store
 from farspan.comm.errors import LinkTimeout, RendezvousError, StoreLost
 from farspan.comm.gloo import GlooGroup
 from farspan.comm.store import (
@@ -19,14 +21,15 @@ from farspan.comm.store import (
     GREETING,
     LARGEST,
     NONCE,
+    REFUSAL,
     SET,
     KeysMissing,
     StoreClient,
-    StoreServer,
     pack,
     proof,
     unpack,
 )
+from farspan.comm.store_server import StoreServer
 from launch import free_port
 
 SECRET = b"among ourselves"
@@ -167,8 +170,10 @@ def test_a_store_that_is_gone_is_said_to_be() -> None:
 def test_another_secret_is_refused(
     server: tuple[StoreServer, int], secret: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(RendezvousError, match="another secret"):
+    with pytest.raises(RendezvousError, match="another secret") as caught:
         client(server[1], secret=secret)
+    assert isinstance(caught.value.__cause__, ValueError)  # at the first answer, and not at the deadline
+    assert "dialling again" not in caplog.text
     deadline = time.monotonic() + 5
     while "does not know the secret" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -194,6 +199,58 @@ def test_a_server_that_does_not_know_the_secret_is_refused_too() -> None:
         assert SECRET not in heard[0]
 
 
+@pytest.mark.parametrize("heard", [0, 4 + NONCE + 32])
+def test_a_server_with_too_much_to_do_is_dialled_again(
+    server: tuple[StoreServer, int], heard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes before it has proved itself, also where it has heard the proof of the client."""
+    prove, busy = server[0]._prove, iter(range(2))
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
+        if next(busy, None) is None:
+            return await prove(reader, writer)
+        writer.write(GREETING + os.urandom(NONCE))
+        await reader.readexactly(heard)
+        raise ConnectionError
+
+    monkeypatch.setattr(server[0], "_prove", late)
+    assert client(server[1], timeout_s=20.0).add("n", 1) == 1
+    assert next(busy, None) is None
+
+
+def test_a_server_that_pauses_for_longer_than_a_proof_may_take(
+    server: tuple[StoreServer, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PROOF_S", 0.3)
+    server[0]._loop.call_soon_threadsafe(time.sleep, 1)
+    assert client(server[1], timeout_s=20.0).add("n", 1) == 1
+
+
+def test_another_program_that_accepts_and_never_answers() -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent, pytest.raises(RendezvousError, match="does not answer as farspan's rank 0 does"):
+        client(silent.getsockname()[1], timeout_s=0.3)
+
+
+def test_another_program_that_talks_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"SSH-2.0-OpenSSH_9.6\r\n"), daemon=True).start()
+        with pytest.raises(RendezvousError, match="does not answer as farspan's rank 0 does") as caught:
+            client(other.getsockname()[1], timeout_s=60.0)
+        assert str(caught.value.__cause__) == "another greeting"
+
+
+def test_nothing_follows_half_a_request(server: tuple[StoreServer, int]) -> None:
+    a = client(server[1], timeout_s=1.0)
+    awake = threading.Event()
+    server[0]._loop.call_soon_threadsafe(awake.wait, 20)
+    with pytest.raises(StoreLost, match="is gone"):
+        a.set("large", os.urandom(LARGEST - 1000))
+    awake.set()
+    with pytest.raises(StoreLost, match="temporarily unavailable"):  # the first cause, and no wait for an answer
+        a.add("n", 1)
+
+
 def test_replaying_what_a_rank_once_said_does_not_help(server: tuple[StoreServer, int]) -> None:
     with socket.create_connection(("127.0.0.1", server[1])) as first:
         nonce = first.recv(len(GREETING) + NONCE)[len(GREETING) :]
@@ -204,7 +261,8 @@ def test_replaying_what_a_rank_once_said_does_not_help(server: tuple[StoreServer
     with socket.create_connection(("127.0.0.1", server[1])) as second:
         second.recv(len(GREETING) + NONCE)
         second.sendall(said)
-        assert second.recv(32) == b""
+        assert read_to_end(second) in (REFUSAL, b"")
+        assert read_to_end(second) == b""
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100, b"\xff" * 1000, b"\0" * 52])
@@ -213,6 +271,7 @@ def test_garbage_is_refused(server: tuple[StoreServer, int], garbage: bytes) -> 
         stranger.settimeout(10)
         stranger.recv(len(GREETING) + NONCE)
         stranger.sendall(garbage)
+        assert read_to_end(stranger) in (REFUSAL, b"")
         assert read_to_end(stranger) == b""
     assert client(server[1]).add("still here", 1) == 1
 
@@ -227,6 +286,8 @@ def test_garbage_is_refused(server: tuple[StoreServer, int], garbage: bytes) -> 
         pack(2, b"tag", b"key", b"not a number"),
         pack(1, b"tag", b"not a number", b"key"),
         pack(0, b"tag"),
+        pack(1, b"tag"),
+        pack(2, b"tag"),
         pack(0),
     ],
 )

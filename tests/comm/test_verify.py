@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import struct
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from farspan.comm import verify
 from farspan.comm.gloo import GlooGroup
 from farspan.comm.interfaces import interface
 from farspan.comm.lane import ThreadLane
-from farspan.comm.store import StoreClient, StoreServer
+from farspan.comm.store import StoreClient
+from farspan.comm.store_server import StoreServer
 from farspan.comm.verify import PROBE_BYTES, network_here, verify_interfaces
 from netns import Host, hosts
 from peers import Peer, error_of, play
@@ -75,12 +83,12 @@ def test_bytes_take_the_named_interface_only(scenario: Any, used: list[str], two
                 assert size < 10_000, (rank, name, size)
 
 
-def verified(me: Peer) -> Any:  # noqa: ANN401 - what was seen, or the error
+def verified(me: Peer, key: bytes = b"of this run") -> Any:  # noqa: ANN401 - what was seen, or the error
     me.store.set(f"network/{me.rank}", network_here())
     networks = [me.store.get(f"network/{rank}").decode() for rank in me.ranks]
     groups = [GlooGroup(me.store, f"on {name}", me.ranks, me.rank, name, 20.0) for name in ("wan0", "lan0")]
     seen: dict[str, int] = {}
-    error = error_of(lambda: seen.update(verify_interfaces(groups, networks, 20.0, lambda: None, late_s=0.5)))
+    error = error_of(lambda: seen.update(verify_interfaces(groups, networks, key, 20.0, lambda: None, late_s=0.5)))
     me.say(f"done {me.rank}")
     me.hear(f"done {me.other}")
     for group in groups:
@@ -111,6 +119,63 @@ def test_bytes_that_take_another_interface_are_found_out(two: list[Host], tmp_pa
             "ip route",
         ):
             assert words in told[rank].line
+
+
+def verified_with_a_key_of_its_own(me: Peer) -> Any:  # noqa: ANN401 - what was seen, or the error
+    return verified(me, b"of rank %d" % me.rank)
+
+
+def test_a_probe_that_was_made_without_the_key_is_found_out(two: list[Host], tmp_path: Path) -> None:
+    told = play(verified_with_a_key_of_its_own, (0, 1), tmp_path, places={0: two[0].enter, 1: two[1].enter})
+    for rank in (0, 1):
+        assert told[rank].kind == "Intruder"
+        assert told[rank].line.startswith(
+            f"rank {rank}: what came over wan0 in group on wan0 was not sent by rank {1 - rank}: another process"
+        )
+
+
+GROUPS = 16
+
+
+def hijacked(me: Peer) -> Any:  # noqa: ANN401 - the error
+    """Rank 2 is no member: it connects to rank 0's data ports before rank 1 does. Whether rank 0 waits there or
+    connects to rank 1 itself depends on their ports' numbers: so there are many groups."""
+    if me.rank == 2:
+        with ExitStack() as held:
+            for port in json.loads(me.store.get("ports")):
+                for pair in range(8):
+                    stranger = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+                    stranger.sendall(struct.pack("q", pair))
+            me.say("parked")
+            for rank in (0, 1):
+                me.hear(f"done {rank}")
+        return None
+    if me.rank == 1:
+        me.hear("parked")
+    lanes = [ThreadLane(f"group {n}") for n in range(GROUPS)]
+    tickets = [lane.submit(partial(GlooGroup, me.store, lane.name, (0, 1), me.rank, "lo", 20.0)) for lane in lanes]
+    if me.rank == 0:
+        deadline, ports = time.monotonic() + 20, []
+        while len(ports) < GROUPS and time.monotonic() < deadline:
+            ports = [c.laddr.port for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+        me.store.set("ports", json.dumps(ports))
+    groups = [ticket.get() for ticket in tickets]
+    error = error_of(lambda: verify_interfaces(groups, ["here"] * 2, b"of this run", 2.0, lambda: None))
+    me.say(f"done {me.rank}")
+    me.hear(f"done {1 - me.rank}")
+    return error
+
+
+def test_who_takes_a_members_place_is_found_out(tmp_path: Path) -> None:
+    told = play(hijacked, (0, 1, 2), tmp_path)
+    for rank in (0, 1):
+        assert told[rank].kind == "LinkTimeout"
+        assert told[rank].facts["seconds"] < 20
+        line = told[rank].line
+        assert line.startswith(
+            f"rank {rank}: timed out waiting for rank {1 - rank} (interface lo, proving the connection in group group "
+        )
+        assert "has another process connected to a data port in its place?" in line
 
 
 def tell_the_store(me: Peer) -> dict[str, int]:

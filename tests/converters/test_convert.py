@@ -139,7 +139,7 @@ def test_a_finished_conversion_is_left_alone(tmp_path: Path, caplog: pytest.LogC
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
     assert "is a finished conversion already" in caplog.text
     next(target.glob("block-*")).unlink()
-    with pytest.raises(ConvertError, match="is there already and is not a finished conversion"):
+    with pytest.raises(ConvertError, match="is there already, and it is not a finished conversion"):
         import_hf("llama", str(tmp_path / "hf"), tmp_path / "out")
 
 

@@ -205,7 +205,7 @@ def lab(matrix: dict[str, Any] | str | Path) -> Lab:
     try:
         return Lab(json.loads(Path(matrix).read_text()))
     except (OSError, ValueError) as error:
-        raise LabError(f"{matrix}: {error}") from error
+        raise LabError(f"{matrix}: {error.strerror if isinstance(error, OSError) else error}") from error
 
 
 def placed(hosts: Sequence[Host], command: Sequence[str]) -> Iterator[list[str]]:

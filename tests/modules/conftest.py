@@ -9,6 +9,7 @@ import torch
 from farspan.modules.layers import build_layers, hf_names
 from farspan.modules.loss import cross_entropy_sum
 from farspan.modules.shards import ShardStore
+from launch import DATA
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -121,7 +122,7 @@ def assert_same() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def stories() -> Path:
-    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "stories260K"
+    folder = DATA / "stories260K"
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"no pretrained model at {folder}")
     return folder

@@ -196,3 +196,9 @@ def test_the_tokenizer_goes_along(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     copy_tokenizer(plain, tmp_path / "copy")
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["generation_config.json", "tokenizer.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(plain: Path, tmp_path: Path) -> None:
+    store = ShardStore(plain)
+    with pytest.raises(ShardError, match=r"gone/block-00000\.safetensors cannot be written: .*No such file"):
+        write_unit(tmp_path / "gone", store.spec, 1, store.read_unit(1))

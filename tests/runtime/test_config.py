@@ -49,7 +49,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--learning-rate 1", "unknown flag --learning-rate"),
         ("--checkp c", "unknown flag --checkp"),  # no abbreviations either
         ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
-        ("--bucket-mb 0", "--bucket-mb 0.0 must be more than 0"),
+        ("--bucket-mb 0", "--bucket-mb 0.0 must be at least 0.001"),
         ("--optimizer 8bit-adam --dp-mode zero1", "--optimizer 8bit-adam has one scale for 256 elements"),
         ("--lr fast", "--lr"),
         ("--pp-mode zigzag", "--pp-mode"),
@@ -70,7 +70,14 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--heartbeat-period 0.1 --heartbeat-patience 1", "--heartbeat-patience 1.0 must be at least 2.0: 2 seconds"),
         ("--heartbeat-period 5", "--heartbeat-patience 10.0 must be at least 15.0: 2 seconds, and 3 × --heartbeat-per"),
         ("--join-timeout 0", "--join-timeout 0.0 must be more than 0 seconds"),
-        ("--wire-timeout nan", "--wire-timeout nan must be more than 0 seconds"),
+        ("--wire-timeout nan", "--wire-timeout nan must be a finite number"),
+        ("--max-grad-norm nan", "--max-grad-norm nan must be a finite number"),
+        ("--lr inf", "--lr inf must be a finite number"),
+        ("--heartbeat-patience inf", "--heartbeat-patience inf must be a finite number"),
+        ("--adam-eps 0", "--adam-eps 0.0 must be more than 0"),
+        ("--seed -1", "--seed -1 must be from 0 to 2³² − 1"),
+        ("--cuda-id -3", "--cuda-id -3 must not be negative"),
+        ("--bucket-mb 1e-9", "--bucket-mb 1e-09 must be at least 0.001"),
         ("--lr -1", "--lr -1.0 must not be negative"),
         ("--seq-length 1", "--seq-length 1 must be at least 2"),
         ("--train-log-backend print,csv", "--train-log-backend 'csv' is none of print, wandb, tensorboard"),
@@ -78,6 +85,8 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--pp-ahead 0", "--pp-ahead 0 must be at least 1"),
         ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
         ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),
+        ("--layer-split ²", "--layer-split ² must be numbers"),
+        ("--checkpiont-steps 4", "unknown flag --checkpiont-steps: is it --checkpoint-steps?"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be in [0, 1)"),
         ("--evaluation-steps 5", "--evaluation-steps needs --evaluation-data on rank 0"),
         ("--evaluation-num-batch 5", "--evaluation-num-batch needs --evaluation-data on rank 0"),
@@ -88,7 +97,7 @@ def test_inert_flags_are_accepted_with_a_notice() -> None:
         ("--evaluation-data e.jsonl --evaluation-steps -1", "--evaluation-steps -1 must not be negative"),
         ("--evaluation-data e.jsonl --evaluation-num-batch -1", "--evaluation-num-batch -1 must not be negative"),
         ("--evaluation-data e.jsonl --patience -1", "--patience -1 must not be negative"),
-        ("--evaluation-data e.jsonl --stop-perplexity nan", "--stop-perplexity nan must not be negative"),
+        ("--evaluation-data e.jsonl --stop-perplexity nan", "--stop-perplexity nan must be a finite number"),
         ("--evaluation-steps often", "--evaluation-steps"),
         ("--keep-checkpoints 0", "--keep-checkpoints 0 must be at least 1, or -1 to keep all"),
         ("--keep-checkpoints -2", "--keep-checkpoints -2 must be at least 1, or -1 to keep all"),
@@ -151,6 +160,20 @@ def test_torchrun_fills_in() -> None:
     agent, _ = parse(without("--dist-url"), {**env, "TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert agent.dist_url == "tcp://10.0.0.1:29501"
     assert agent.rank == 1  # a flag wins
+
+
+def test_an_environment_that_cannot_be_read_is_named() -> None:
+    for env, name in (
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
+    ):
+        with pytest.raises(ConfigError, match=f"the environment's {name} is no number"):
+            parse(without("--rank", "--world-size", "--dist-url"), env)
+
+
+def test_a_slurm_job_of_one_process_says_nothing_of_its_size() -> None:
+    made, _ = parse(without("--world-size"), {"SLURM_PROCID": "0"})
+    assert made.world_size == made.pipeline_group_size * made.data_group_size
 
 
 def test_slurm_fills_in() -> None:

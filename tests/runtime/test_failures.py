@@ -132,5 +132,14 @@ def test_two_versions_of_a_tied_matrix(flags: Flags, tmp_path: Path) -> None:
     fails(flags(model_name=here), 0, told, by_rank={1: {"model_name": there}})
 
 
+def test_weights_that_are_no_numbers_are_not_saved(flags: Flags, tmp_path: Path) -> None:
+    fails(flags(lr=1e39, total_steps=1), 1, "no longer finite", "not saved", "lower --lr")
+    assert not (tmp_path / "ck" / "latest").exists()
+
+
+def test_a_run_in_which_every_update_overflows(flags: Flags, tmp_path: Path) -> None:
+    fails(flags(fp16=True, loss_scale=1e38, total_steps=2), 0, "all 2 updates overflowed", "--loss-scale")
+
+
 def test_diverging(flags: Flags) -> None:
     fails(flags(lr=1e30, max_grad_norm=0, total_steps=40), 0, "gradient norm", "lower --lr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -17,7 +18,7 @@ from farspan.runtime.config import Config
 from farspan.runtime.open_tasks import open_tasks
 from farspan.runtime.optim import Optimizer
 from farspan.runtime.tokenizer import Vocabulary
-from faults import slow_forward
+from faults import slow_forward, slow_to_open
 from launch import REPO, Run
 
 Flags = Callable[..., dict[str, Any]]
@@ -96,3 +97,27 @@ def test_no_wait_outlasts_the_wire_timeout(flags: Flags) -> None:
     assert "receiving gradients" in ended[0].err
     assert "rank 1" in ended[0].err
     assert "after 2." in ended[0].err, ended[0].err
+
+
+def test_random_weights_need_none_on_disk(flags: Flags, model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "model.safetensors").unlink()
+    with Run(2, 1, flags(model_name=bare, load_pretrained_model="false", total_steps=2)) as run:
+        run.succeed()
+    assert (tmp_path / "ck" / "latest").read_text() == "2"
+
+
+def test_the_join_timeout_is_for_joining(flags: Flags) -> None:
+    """Opening a large data set on rank 0 may take longer: the others are there, and wait."""
+    with Run(2, 1, flags(join_timeout=5.0, total_steps=1), faults={0: partial(slow_to_open, 7.0)}) as run:
+        run.succeed()
+
+
+def test_a_rank_whose_data_is_slow_is_named_as_that(flags: Flags) -> None:
+    with Run(2, 1, flags(wire_timeout=2.0), faults={0: partial(slow_to_open, 60.0)}) as run:
+        ended = run.wait(40)
+    assert ended[1].code == 1
+    assert "rank 0 has not come to 'site nonce' within 2 s; is its disk or its data slow?" in ended[1].err
+    assert "A longer --wire-timeout" in ended[1].err
+    assert "were all" not in ended[1].err

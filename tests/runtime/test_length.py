@@ -71,6 +71,20 @@ def test_epochs_set_the_length_on_all_ranks(
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
+def test_epochs_are_counted_again_where_rows_are_cut_otherwise(flags: Flags, tmp_path: Path) -> None:
+    """One epoch in rows of 16, then the second in rows of 8: every token twice, and no more than an update is over."""
+    path = make_task(tmp_path / "a.jsonl", lines=31)
+    total = sum(len(line) for line in words(path))
+    for epochs, length in ((1, 16), (2, 8), (2, 8)):
+        told = flags(task_name=path, total_steps=None, nepochs=epochs, seq_length=length)
+        with Run(1, 1, told) as run:
+            run.succeed()
+    assert "counting the tokens" not in run.err(0)  # the third time nothing has changed
+    assert "nothing to do" in run.err(0)
+    given = read_metrics(tmp_path / "ck")[-1]["tasks"][str(path)]["tokens"]
+    assert 2 * total <= given < 2 * total + 16 + 8 * 2 * 4
+
+
 def test_a_warm_up_longer_than_the_epochs_is_refused_by_all(flags: Flags) -> None:
     with Run(2, 1, flags(total_steps=None, nepochs=1, warmup_steps=500)) as run:
         for end in run.wait(30).values():

@@ -89,6 +89,25 @@ def test_the_whole_road(tmp_path: Path, family: str, launcher: str) -> None:
     assert not torch.allclose(logits[0], logits[2])
 
 
+def test_a_run_outlives_who_reads_it(tmp_path: Path) -> None:
+    told = {
+        "model_name": make_model(tmp_path / "model"), "task_name": make_task(tmp_path / "a.jsonl"), "rank": 0,
+        "checkpoint_path": tmp_path / "ck", "seq_length": 16, "batch_size": 2, "micro_batch_size": 2, "log_steps": 1,
+        "total_steps": 4, "lr": 1e-2, "use_cuda": "false", "dist_url": f"tcp://127.0.0.1:{free_port()}",
+    }  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, REPO / "dist_train.py", *flags_of(told)], env=ENV, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline()
+        process.stderr.close()
+        try:
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+    assert (tmp_path / "ck" / "latest").read_text() == "4"
+
+
 def test_help_ends_well() -> None:
     assert "--pipeline-group-size" in script("dist_train.py", "--help")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from farspan.runtime.checkpoint import Progress, problem
 from farspan.runtime.config import Config
-from farspan.runtime.milestones import compared_on, enough, evaluates, judge, saves, steps_of_epochs
+from farspan.runtime.milestones import compared_on, enough, evaluates, judge, mean_epoch, saves, steps_of_epochs
 from launch import Run, read_metrics
 from tiny import make_task
 
@@ -51,6 +51,14 @@ def test_the_best_and_the_end() -> None:
     assert "--stop-perplexity 2" in enough(config, judge(progress, 0.69))
     assert enough(config, judge(progress, 0.7)) == ""
     assert enough(config, Progress()) == ""
+
+
+def test_epochs_that_change_their_length_on_the_way() -> None:
+    assert mean_epoch(2, 0, 100, 50) == 50
+    assert 2 * mean_epoch(2, 100, 100, 50) == 100 + 50  # one epoch as it was, and one as it is
+    assert 2 * mean_epoch(2, 100, 100, 200) == 100 + 200
+    assert 2 * mean_epoch(2, 200, 100, 500) == 200  # nothing is left
+    assert 4 * mean_epoch(4, 50, 100, 100) == 400
 
 
 def test_another_held_out_text_starts_the_comparison_anew() -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launch import REPO
+from launch import DATA, REPO
 
 SCRIPT = REPO / "benchmarks" / "parity.py"
-DATA = REPO.parent / "shared" / "data"
 
 
 @pytest.fixture

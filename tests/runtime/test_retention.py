@@ -64,6 +64,7 @@ def test_a_crash_while_deleting_leaves_nothing_that_counts(tmp_path: Path, monke
     remove(make_folder(tmp_path, 3))  # what lies in the way is no hindrance
     (tmp_path / ".checkpoint_4.old").mkdir()
     (tmp_path / ".checkpoint_5.tmp").mkdir()
+    (tmp_path / ".site-ab12-0").touch()
     make_folder(tmp_path, 6)
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_6"]

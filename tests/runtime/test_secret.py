@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from farspan.comm import rendezvous
 from launch import Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]
@@ -50,6 +52,19 @@ def test_a_rank_with_another_secret_is_named_and_the_others_say_who_is_missing(f
     assert "--secret-file" in ended[1].err
     assert "does not know the secret" in ended[0].err
     assert "no sign of rank 1" in ended[0].err
+
+
+def other_key() -> None:
+    """This rank's connections are not what its rank's should be."""
+    rendezvous.Rendezvous.key = lambda self, nonces: b"guessed"  # type: ignore[method-assign]
+
+
+def test_who_is_in_a_ranks_place_on_the_wire_is_found_out(flags: Flags) -> None:
+    with Run(2, 1, flags(), faults={1: other_key}) as run:
+        ended = run.wait(40)
+    for end in ended.values():
+        assert end.code == 1
+        assert re.search(r"what came over lo in group .* was not sent by rank [01]: another process", end.err)
 
 
 def test_a_secret_that_cannot_be_read(flags: Flags, tmp_path: Path) -> None:

@@ -214,6 +214,44 @@ def test_preprocessed_is_the_same_task(tmp_path: Path, workers: str, loss_on: st
     assert want[1].all() == (loss_on == "all")
 
 
+def test_a_folder_of_tokens_says_what_made_it(tmp_path: Path) -> None:
+    """A task or flags that would have made other tokens are refused with both values."""
+    make_tokenizer(tmp_path / "tok")
+    path, out = make_task(tmp_path / "a.jsonl"), tmp_path / "out"
+    task = {"template": "{text} red {text}", "loss_on": "completion"}
+
+    def config(**changes: str) -> str:
+        (tmp_path / "tasks.json").write_text(json.dumps([{"path": str(out), **changes}]))
+        return str(tmp_path / "tasks.json")
+
+    (tmp_path / "file.json").write_text(json.dumps([{"path": str(path), **task}]))
+    told = ["--tokenizer-name", str(tmp_path / "tok"), "--output", str(out), "--document-separator", " the "]
+    assert preprocess(["--task-config", str(tmp_path / "file.json"), *told]) == 0
+    want = drawn_from(tmp_path, task_config=str(tmp_path / "file.json"), document_separator=" the ")
+    same = {"document_separator": " the "}
+    for said in ({"task_name": str(out)}, {"task_config": config(**task)}, {"task_config": config()}):
+        got = drawn_from(tmp_path, **said, **same)
+        assert (got[1] == want[1]).all()
+    for changes, theirs, ours in (
+        ({"text": "text"}, r'template "\{text\} red \{text\}", loss_on "completion"', 'text "text", loss_on "all"'),
+        ({"template": "{text} red {text}"}, 'loss_on "completion"', 'loss_on "all"'),
+        ({"loss_on": "all"}, "template .*", 'text "text"'),
+    ):
+        with pytest.raises(DataError, match=f"out was tokenised with .*{theirs}, and this run says .*{ours}"):
+            drawn_from(tmp_path, task_config=config(**changes), **same)
+    with pytest.raises(DataError, match=r'--document-separator " the ", and this run says --document-separator "\\n"'):
+        drawn_from(tmp_path, task_name=str(out))
+    meta = json.loads((out / "meta.json").read_text())
+    meta["made"]["--eos"] = [3]
+    (out / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"tokenised with --eos \[3\], and this run says --eos \[\]"):
+        drawn_from(tmp_path, task_name=str(out), **same)
+    del meta["made"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="not a whole pre-tokenised task"):
+        drawn_from(tmp_path, task_name=str(out), **same)
+
+
 def test_preprocess_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tokenizer(tmp_path / "tok")
     path = tmp_path / "a.jsonl"

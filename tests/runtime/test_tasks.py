@@ -8,6 +8,7 @@ import random
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,44 @@ def test_the_cursor_is_exact_at_100_points(tmp_path: Path, rows: str) -> None:
     first.draw(total - at)
     assert first.state() == whole.state()
     assert first.shares() == whole.shares()
+
+
+def rows_of(made: TaskMixture, key: str, rows: int = 40) -> str:
+    """The next rows of one task, whatever the weights would choose."""
+    task = dict(made.keyed())[key]
+    tokens = np.zeros((rows, 11), dtype=np.int64)
+    for row in tokens:
+        task.read(row, np.zeros(11, dtype=bool), True)
+    return text_of(tokens)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_tasks_come_and_go_and_the_others_read_on(tmp_path: Path, old: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Put before the others, after them, or taken away: each known task gives its very next token. Also from a
+    checkpoint whose cursors had no order."""
+    paths = [write(tmp_path / f"{n}.jsonl", [f"{n}{i}" for i in range(900)]) for n in "abcd"]
+    a, b, c, d = map(str, paths)
+
+    def resumed(names: list[str], state: dict[str, Any]) -> TaskMixture:
+        made = mixture(tmp_path, ",".join(names), 11)
+        made.load_state(json.loads(json.dumps(state)))
+        return made
+
+    first = mixture(tmp_path, f"{a},{b}", 11)
+    first.draw(50)
+    state = json.loads(json.dumps(first.state()))
+    for task in state["tasks"].values() if old else ():
+        del task["order"]
+    want = {key: rows_of(first, key) for key in (a, b)}
+    for names in ([a, b], [c, a, b], [b], [b, c, a], [a, c, d, b]):
+        made = resumed(names, state)
+        again = resumed([c, *reversed(names)] if c not in names else names[::-1], made.state())
+        for key in {a, b} & set(names):
+            assert rows_of(made, key) == want[key], names
+            assert rows_of(again, key) == want[key], names
+        orders = [task.cursor.order for task in again.tasks]
+        assert len(set(orders)) == len(orders)
+    assert "1 task(s) of the checkpoint are not named any more" in caplog.text
 
 
 def test_a_state_of_20_tasks_is_below_4_kib(tmp_path: Path) -> None:

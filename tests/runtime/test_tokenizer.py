@@ -17,6 +17,7 @@ from farspan.modules.vocabulary import grow_rows
 from farspan.runtime.config import Config, ConfigError
 from farspan.runtime.open_tasks import open_tasks
 from farspan.runtime.task_spec import DataError, TaskSpec
+from farspan.runtime.tasks import TaskMixture
 from farspan.runtime.tokenizer import Vocabulary, unescape
 from launch import Run, read_metrics
 from safetensors.torch import load_file
@@ -102,6 +103,66 @@ def test_a_template_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     row = json.dumps({"m": [{"role": r, "content": "hello"} for r in ("user", "assistant", "user")]}).encode()
     faults = vocabulary.recipe(TaskSpec("a", messages="m", loss_on="completion"))([row]).faults
     assert "does not render turn by turn" in faults[0]
+
+
+def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of all that makes tokens and their order, a run that goes on is told by name what has changed."""
+    (tmp_path / "a.jsonl").write_text('{"m": [{"role": "user", "content": "hello"}], "t": "you"}\n' * 9)
+    make(tmp_path / "tok", "<s> $A", CHAT)
+    make(tmp_path / "other", "<s> $A", CHAT + " ")
+    make(tmp_path / "longer", "<s> $A </s>", CHAT)
+    for name, tokens in (("ab", ["<a>", "<b>"]), ("ba", ["<b>", "<a>"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tokens": tokens}))
+
+    def made(tok: str = "tok", task: dict[str, str] | None = None, **flags: Any) -> TaskMixture:  # noqa: ANN401
+        (tmp_path / "tasks.json").write_text(
+            json.dumps([{"path": str(tmp_path / "a.jsonl"), **(task or {"text": "t"})}])
+        )
+        config = Config(
+            tokenizer_name=str(tmp_path / tok), task_config=str(tmp_path / "tasks.json"),
+            data_cache=str(tmp_path / "cache"), **{"seq_length": 8, **flags},
+        )  # fmt: skip
+        return open_tasks(config, Vocabulary(config))
+
+    def goes_on(state: dict[str, Any], **changes: Any) -> TaskMixture:  # noqa: ANN401
+        going = made(**changes)
+        going.load_state(json.loads(json.dumps(state)))
+        return going
+
+    state = made().state()
+    assert not goes_on(state).resized
+    assert caplog.text == ""
+    for changes, reason in (
+        ({"seed": 2}, "--seed is 2 and was 1 when the checkpoint was saved"),
+        ({"document_separator": " "}, r"--document-separator is ' ' and was '\\n'"),
+        ({"bos": "no"}, r"--bos is \[\] and was \[1\]"),
+        ({"eos": "yes"}, r"--eos is \[2\] and was \[\]"),
+        ({"tok": "longer"}, "--tokenizer-name is another tokenizer than the one when"),
+        ({"special_tokens": str(tmp_path / "ab.json")}, "--special-tokens names other tokens, or in another order"),
+        ({"task": {"template": "{t}"}}, r"a\.jsonl: its text, template"),
+        ({"task": {"text": "m"}}, r"a\.jsonl: its text, template"),
+        ({"task": {"messages": "m"}}, r"a\.jsonl: its text, template"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            goes_on(state, **changes)
+    added = made(special_tokens=str(tmp_path / "ab.json")).state()
+    with pytest.raises(DataError, match="--special-tokens names other tokens, or in another order"):
+        goes_on(added, special_tokens=str(tmp_path / "ba.json"))
+    chat = made(task={"messages": "m"}).state()
+    goes_on(chat, task={"messages": "m"}, document_separator=" ")  # frames no conversation
+    with pytest.raises(DataError, match="loss_on or chat template is not what it was"):
+        goes_on(chat, tok="other", task={"messages": "m"})
+    for changes, line in (
+        ({"seq_length": 16}, "--seq-length is 16 and was 8 when the checkpoint was saved"),
+        ({"rows": "padded"}, "--rows is 'padded' and was 'packed'"),
+    ):
+        assert goes_on(state, **changes).resized
+        assert line in caplog.text
+    for task in state["tasks"].values():
+        del task["made"]
+    del state["made"]
+    goes_on(state, seed=2)
+    assert "the checkpoint is of an older version" in caplog.text
 
 
 @pytest.mark.parametrize(

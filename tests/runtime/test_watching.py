@@ -68,6 +68,29 @@ def test_rows_past_the_checkpoint_are_dropped_on_resume(flags: Flags, tmp_path: 
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_crash_while_rows_are_dropped_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 4))
+    path.write_text(rows)
+    before = path.stat()
+    Metrics(config_of("print", tmp_path), 3).close()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Metrics(config_of("print", tmp_path), 2)
+    assert path.read_text() == rows
+    Metrics(config_of("print", tmp_path), 2).close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    path.write_text(rows.rstrip())  # a row that is whole but for its end
+    Metrics(config_of("print", tmp_path), 3).close()
+    assert path.read_text() == rows
+
+
 def wandb_rows(folder: Path) -> tuple[list[dict[str, Any]], str]:
     (run_dir,) = (folder / "wandb").glob("offline-run-*")
     wandb = Path(sys.executable).with_name("wandb")

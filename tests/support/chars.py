@@ -29,6 +29,7 @@ class Chars:
 
     def __init__(self, frame: Frame | None = None) -> None:
         self.frame = frame or Frame()
+        self.added: list[str] = []
 
     def recipe(self, spec: TaskSpec) -> Recipe:
         return Recipe(spec, encode, self.frame)

@@ -207,7 +207,7 @@ def starts() -> list[Fault]:
         Fault("port taken", "rank 0's port is taken by another program",
               "rank 0 cannot serve the rendezvous at …: the port is in use; choose another port in --dist-url",
               apart={1: "rank 1: … does not answer as farspan's rank 0 does, or has another secret (--secret-file); "
-                        "is another program, or another run, at --dist-url?"}, stages=2, seconds=5),
+                        "is another program, or another run, at --dist-url?"}, stages=2, waits="--join-timeout"),
         Fault("no master", "the master is not started, or its port is closed",
               "rank … cannot reach the master at … within 3 s (…); is rank 0 running there, and the port open?",
               ranks=(1, 2), waits="--join-timeout"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from farspan.comm.gloo import GlooGroup
 from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
 from farspan.pipeline.stage import Stage
-from farspan.runtime import prepare, train
+from farspan.runtime import checkpoint, prepare, train
 from farspan.runtime.checkpoint import Checkpoints
 from farspan.runtime.evaluate import Evaluation
 
@@ -37,9 +38,31 @@ def signalled(phase: str, number: int, told: str) -> None:
     _before(owner, name, due, strike)
 
 
+def slow_to_open(seconds: float) -> None:
+    """This rank takes its time with its data, before the first step."""
+    _before(train, "open_tasks", 1, lambda: time.sleep(seconds))
+
+
 def slow_to_save(seconds: float) -> None:
     """This rank takes its time in every checkpoint."""
     _before(Checkpoints, "save", 0, lambda: time.sleep(seconds))
+
+
+def killed_before_rename(step: int, other: str) -> None:
+    """This rank, which leads its site, dies when all of its checkpoint is written and the site `other` has renamed."""
+    real = checkpoint._write_flushed
+
+    def write(path: Path, text: str) -> None:
+        real(path, text)
+        if path.parent.name == f".checkpoint_{step}.tmp":
+            _die_once(lambda: not Path(other, path.parent.name).exists())
+
+    checkpoint._write_flushed = write
+
+
+def killed_before_marking(other: str) -> None:
+    """This rank, which leads its site, dies before it marks its first checkpoint, when the site `other` has."""
+    _before(Checkpoints, "_mark", 1, lambda: _die_once(Path(other, "latest").exists))
 
 
 def other_version(version: str) -> None:
@@ -63,6 +86,13 @@ def inf_gradient(updates: int) -> None:
 def slow_forward(seconds: float) -> None:
     """The first forward of this rank's stage takes so long."""
     _before(Stage, "forward", 1, lambda: time.sleep(seconds))
+
+
+def _die_once(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _before(owner: Any, name: str, due: int, act: Callable[[], None]) -> None:  # noqa: ANN401 - a class or a module

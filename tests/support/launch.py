@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("FARSPAN_DATA", REPO.parent / "shared" / "data"))
+"""Real data: stories260K (a small pretrained Llama) and gsm8k. Tests that want it skip where it is absent."""
 
 # The server imports torch once; each rank is a fork of it, in a process of its own, without those two seconds.
 _server = multiprocessing.get_context("forkserver")
