@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
