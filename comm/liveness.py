@@ -65,7 +65,7 @@ class Liveness:
         self._lock = threading.Lock()
         self._cause: str | None = None
         self._lost: int | None = None
-        self._deaf = False
+        self._deaf = self._leaving = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
@@ -95,8 +95,9 @@ class Liveness:
         return self._cause or line_of(self.rank, error)
 
     def linger(self) -> None:
-        """Rank 0 keeps the store open until all who can know of the failure do: also ranks that have yet to come, which
-        would wait for it until their --join-timeout."""
+        """Before this process ends itself: rank 0 keeps the store open until all who can know of the failure do, also
+        ranks that have yet to come, which would wait for it until their --join-timeout."""
+        self._leaving = True
         if self.rank != 0:
             if self._deaf:
                 time.sleep(3 * self._period_s)  # rank 0 finds out as we did, and tells the others before they miss us
@@ -137,7 +138,7 @@ class Liveness:
             except Exception as error:
                 self._fail(RuntimeError(f"unexpected {type(error).__name__} in the watcher: {error}"))
             if self._cause is not None:
-                if not self._stop.wait(self._grace_s):
+                if not self._stop.wait(self._grace_s) and not self._leaving:
                     self._on_hopeless(self._cause)
                 return
             if self._stop.wait(self._period_s):

@@ -124,9 +124,11 @@ class Rendezvous:
         """What only who knows this run's secret, and `nonces` that came through the store, can make."""
         return proof(self._secret, b"session", nonces.encode())
 
-    def failed(self, error: BaseException) -> RemoteFailure:
-        """Tell the others, and let rank 0's store live until they know. The result carries the line to print."""
+    def failed(self, error: BaseException, say: Callable[[str], object] = lambda line: None) -> RemoteFailure:
+        """Tell the others, and let rank 0's store live until they know. `say` gets the line to print at once; the
+        result carries it too."""
         line = self.liveness.report(error)
+        say(line)
         self.liveness.linger()
         return RemoteFailure(line)
 

@@ -31,6 +31,7 @@ from .config import Config, ConfigError
 from .milestones import mean_epoch, steps_of_epochs
 from .network import Network
 from .optim import Optimizer
+from .retention import checkpoint_steps
 from .tasks import TaskMixture
 from .tokenizer import Vocabulary
 from .validation import validate_length
@@ -230,6 +231,11 @@ def fill(
             )
         checkpoints.go_on(progress, taken_back=config.load_step > 0)
         return progress
+    if not config.load_checkpoint and config.rank == 0 and (steps := checkpoint_steps(config.checkpoints)):
+        log.warning(
+            "--load-checkpoint false: starting over; those in %s (up to step %d) are replaced by new ones",
+            config.checkpoints, steps[-1],
+        )  # fmt: skip
     if store is not None:
         load_weights(store, optimizer)
     else:

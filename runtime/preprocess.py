@@ -27,6 +27,11 @@ FLAGS = (
     "task_name", "task_config", "tokenizer_name", "data_cache", "document_separator", "bos", "eos", "special_tokens",
     "bad_lines", "data_workers",
 )  # fmt: skip
+HELP = {
+    "task_name": "the task: a.jsonl, b.jsonl.gz, c.parquet, hf://org/data",
+    "task_config": "JSON list of one task: path, text | template | messages, loss_on",
+    "data_cache": "folder for line indexes and what had to be decompressed [a temporary one]",
+}
 BATCH = 256  # rows of a block
 
 log = logging.getLogger("farspan")
@@ -42,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     for f in fields(Config):
         if f.name in FLAGS:
-            parser.add_argument(f"--{f.name.replace('_', '-')}", **flag_options(f))
+            options = flag_options(f)
+            parser.add_argument(
+                f"--{f.name.replace('_', '-')}", **{**options, "help": HELP.get(f.name, options["help"])}
+            )
     told = vars(parser.parse_args(argv))
     output = Path(told.pop("output"))
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -107,7 +107,8 @@ class Signals:
 
 
 def run(config: Config) -> int:
-    """Run one rank whose flags are good. Returns 0; a rank that fails ends its process here."""
+    """Run one rank whose flags are good. Returns 0; a rank that fails ends its process here: threads that are stuck in
+    the wire must not keep it, so nothing is torn down."""
     meeting = None
     allow_descriptors()
     try:
@@ -131,8 +132,13 @@ def run(config: Config) -> int:
             traceback.print_exc()
         if not isinstance(error, (*EXPECTED, Stopped)):
             error = RuntimeError(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)")
-        leave(line_of(config.rank, meeting.failed(error) if meeting is not None else error))
-        raise AssertionError("unreachable") from error
+        try:
+            if meeting is None:
+                say(line_of(config.rank, error))
+            else:
+                meeting.failed(error, say)
+        finally:
+            os._exit(1)
 
 
 def meet(config: Config, timeout_s: float, network: Network | None = None) -> Rendezvous:
@@ -166,12 +172,17 @@ def tell(error: Exception, config: Config) -> None:
         log.debug("rank %d: nobody to tell", config.rank)
 
 
+def say(line: str) -> None:
+    """The one line of a rank that fails."""
+    sys.stderr.write(f"\nfarspan: {line}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+
+
 def leave(line: str) -> None:
-    """End the process with one line. Threads that are stuck in the wire must not keep it, so nothing is torn down."""
+    """End the process with one line, from any thread."""
     try:
-        sys.stderr.write(f"\nfarspan: {line}\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
+        say(line)
     finally:
         os._exit(1)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,41 @@ def test_a_bad_flag_on_one_rank_ends_all(flags: Flags) -> None:
 
 def test_a_bad_flag_on_the_master_ends_all(flags: Flags) -> None:
     fails(flags(), 1, "rank 0", "--no-such-flag", by_rank={0: {"no_such_flag": 1}})
+
+
+def test_what_is_wrong_is_said_once_though_nobody_else_is_there(flags: Flags) -> None:
+    with Run(2, 1, flags(no_such_flag=1), ranks=[0]) as run:
+        ended = run.wait(60)[0]
+    assert ended.code == 2
+    assert ended.err.count("--no-such-flag") == 1, ended.err
+
+
+def test_a_second_interrupt_while_waiting_for_others(flags: Flags) -> None:
+    with Run(2, 1, flags(), ranks=[0]) as run:
+        serving(run.port)
+        run.signal(0, signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.1)
+            if "farspan: " in run.err(0):  # at once, though it waits for the other rank to come and hear of it
+                break
+        run.signal(0, signal.SIGINT)
+        ended = run.wait(30)[0]
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert ended.err.count("stopped by SIGINT before the first step") == 1, ended.err
+
+
+def serving(port: int) -> None:
+    """Wait until somebody listens there."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1.0).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise TimeoutError(f"nobody listens at port {port}")
 
 
 def test_no_tokenizer(flags: Flags, tmp_path: Path) -> None:

@@ -155,7 +155,10 @@ def test_a_finished_run_has_nothing_to_do(flags: Flags) -> None:
 
 def test_load_checkpoint_false_starts_over(flags: Flags) -> None:
     rows = curve(train(flags()))
-    assert curve(train(flags(load_checkpoint="false"))) == rows
+    with Run(2, 1, flags(load_checkpoint="false")) as run:
+        run.succeed()
+        assert "starting over; those in" in run.err(0)
+    assert curve(run.folder) == rows
 
 
 @pytest.mark.parametrize("harm", ["no manifest", "short file", "missing file"])
