@@ -240,7 +240,7 @@ class Task:
                     f"{self.source.where(int(numbers[row]))}: {block.faults[row]} (--bad-lines skip goes on without)"
                 )
             self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
-            if self._barren >= self.source.rows:
+            if self._barren >= 2 * self.source.rows:  # fewer may lie between one epoch's only good line and the next's
                 raise DataError(f"{self.spec.path}: no line of it gives any token")
             self.prefetch()
         return self._current
@@ -263,10 +263,10 @@ class Task:
         return self._orders[epoch]
 
     def _pass_over(self, current: _Block, first: int, after: int) -> None:
-        """Count (and, the first few, name) the bad documents first … after − 1."""
+        """Count (and, the first few of the first epoch, name) the bad documents first … after − 1."""
         for row in [row for row in current.block.faults if first <= row < after]:
             self.cursor.bad += 1
-            if self.cursor.bad <= SHOWN:
+            if self.cursor.bad <= SHOWN and current.epoch == 0:
                 where = self.source.where(int(current.numbers[row]))
                 more = "; further ones are only counted" if self.cursor.bad == SHOWN else ""
                 log.warning("skipping %s: %s%s", where, current.block.faults[row], more)
