@@ -98,7 +98,7 @@ class ShardStore:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ShardError(f"{index} is not a safetensors index ({error!r}): fetch it again") from error
         if (self.folder / SINGLE).is_file():
-            with _opened(self.folder / SINGLE) as file:
+            with opened(self.folder / SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         if any((self.folder / unit_file(self.spec, unit)).is_file() for unit in range(self.spec.unit_count)):
             return weight_map(self.spec)  # layer files without their index: their names say enough
@@ -111,10 +111,10 @@ class ShardStore:
 
     def _fetch(self, file: str, names: list[str]) -> dict[str, Tensor]:
         """HF name → tensor, from one file that is there."""
-        with _opened(self.folder / file) as opened:
-            for name in sorted(set(names) - set(opened.keys())):
+        with opened(self.folder / file) as content:
+            for name in sorted(set(names) - set(content.keys())):
                 raise ShardError(f"{self.folder / file} has no tensor {name}: fetch or convert it again")
-            return {name: opened.get_tensor(name) for name in names}
+            return {name: content.get_tensor(name) for name in names}
 
     def _check_names(self) -> None:
         """Every tensor of the model lies somewhere, and there is no other.
@@ -223,7 +223,8 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
             shutil.copyfile(Path(src) / name, Path(dst) / name)
 
 
-def _opened(path: Path) -> safe_open:
+def opened(path: Path) -> safe_open:
+    """A safetensors file. Raises `ShardError`."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
-from ..modules.shards import ShardStore, copy_tokenizer, save_tensors, unit_file, write_index, write_unit
+from ..modules.shards import ShardStore, copy_tokenizer, opened, save_tensors, unit_file, write_index, write_unit
 from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
 from .lineage import MANIFEST, CheckpointError, Start, belongs, choose, folder_of, inspect, survey
@@ -120,8 +119,8 @@ class Checkpoints:
         latest = self.root / "latest"
         if not latest.exists():
             return None
-        text = latest.read_text().strip()
-        if not text.isdigit():
+        text = latest.read_text(errors="replace").strip()
+        if not (text.isascii() and text.isdigit()):
             raise CheckpointError(
                 f"{latest} holds {text!r} instead of a step; write the step of a good checkpoint there"
             )
@@ -201,10 +200,14 @@ class Checkpoints:
     def load(self, step: int, spec: ModelSpec, optimizer: Optimizer) -> Progress:
         """Fill the stage and its optimizer from the checkpoint of `step`, strictly. Raises `CheckpointError`."""
         folder = folder_of(self.root, step)
-        trainer = json.loads((folder / "trainer.json").read_text())
-        if trainer.pop("format", None) != FORMAT:
+        try:
+            trainer = json.loads((folder / "trainer.json").read_text())
+            known = trainer.pop("format", None) == FORMAT
+            progress = Progress(**trainer) if known else Progress()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}/trainer.json is damaged ({error}); --load-step names another") from error
+        if not known:
             raise CheckpointError(f"{folder}/trainer.json is not of format {FORMAT}; it was written by another version")
-        progress = Progress(**trainer)
         if progress.best_step is not None and progress.best_step not in self._start.own:
             # Deleted since, by the run that went on from here. All ranks see this alike.
             if self._meeting.rank == 0:
@@ -213,7 +216,7 @@ class Checkpoints:
         load_weights(ShardStore(folder), optimizer)
         for index, tensor in enumerate(optimizer.tensors):
             path = folder / _optim_file(spec, tensor.owner)
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 have = set(file.keys())
                 shapes = optimizer.state_shapes(index)
                 missing = [f"{tensor.hf_name}.{name}" for name in shapes if name != "master"]

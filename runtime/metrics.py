@@ -86,14 +86,13 @@ class Metrics:
 
 def _cut(path: Path, step: int) -> list[str]:
     """Drop the rows of metrics.jsonl past `step`, and a last row that a kill cut short, at one stroke; the rest."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] > step:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):  # damaged: what follows hangs in the air
             break
         kept.append(line)
     if kept and not kept[-1].endswith("\n"):

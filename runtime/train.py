@@ -130,7 +130,9 @@ def run(config: Config) -> int:
             signal.signal(number, signal.SIG_IGN)  # it ends, once the others know why
         if config.debug:
             traceback.print_exc()
-        if not isinstance(error, (*EXPECTED, Stopped)):
+        if isinstance(error, OSError) and error.filename:
+            error = RuntimeError(f"{error.filename}: {error.strerror}")  # full, read-only, gone: that is all of it
+        elif not isinstance(error, (*EXPECTED, Stopped)):
             error = RuntimeError(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)")
         try:
             if meeting is None:

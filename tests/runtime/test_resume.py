@@ -161,6 +161,28 @@ def test_load_checkpoint_false_starts_over(flags: Flags) -> None:
     assert curve(run.folder) == rows
 
 
+@pytest.mark.parametrize("name", ["trainer.json", "block-00002.optim.safetensors"])
+def test_a_file_that_is_damaged_at_its_size_is_named(flags: Flags, tmp_path: Path, name: str) -> None:
+    file = train(flags(total_steps=2)) / "checkpoint_2" / name
+    file.write_bytes(b"x" * file.stat().st_size)
+    with Run(2, 1, flags()) as run:
+        ended = run.wait(60)
+    for end in ended.values():
+        assert end.code == 1
+        assert "unexpected" not in end.err
+        assert str(file) in end.err.splitlines()[-1]
+
+
+def test_a_checkpoint_path_that_is_a_file_is_named(flags: Flags, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    by_rank = {0: {"checkpoint_path": tmp_path / "file", "data_cache": tmp_path / "cache"}}
+    with Run(1, 1, flags(), by_rank=by_rank) as run:
+        end = run.wait(60)[0]
+    assert end.code == 1
+    assert "unexpected" not in end.err
+    assert f"{tmp_path / 'file'}: File exists" in end.err
+
+
 @pytest.mark.parametrize("harm", ["no manifest", "short file", "missing file"])
 def test_a_damaged_checkpoint_is_passed_over(flags: Flags, tmp_path: Path, harm: str) -> None:
     folder = train(flags(checkpoint_steps=3))
