@@ -39,8 +39,8 @@ class LineFile:
         try:
             with path.open("rb") as file:
                 stamp = os.fstat(file.fileno())
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+            raise DataError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
         key = _digest(str(path.resolve()))
         name = f"{key}-{_digest(f'{stamp.st_size} {stamp.st_mtime_ns} {path.suffix}')}"
         plain = path

@@ -82,7 +82,7 @@ def open_each(
         Task(
             recipe.spec, source, number, config.seed, pool,
             skip_bad=config.bad_lines == "skip", share=recipe.spec.weight / total, shuffled=shuffled,
-            made=digest(json.dumps(recipe.makes())),
+            made=digest(json.dumps([recipe.makes(), recipe.spec.subset, recipe.spec.split])),
         )
         for number, (recipe, source) in enumerate(opened)
     ]  # fmt: skip

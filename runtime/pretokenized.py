@@ -25,7 +25,7 @@ META = "meta.json"
 
 
 def is_pretokenized(path: Path) -> bool:
-    return (path / META).is_file()
+    return os.path.isfile(path / META)  # False also for what can be no path at all, which pathlib may raise at
 
 
 class TokenFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def _load(spec: TaskSpec, cache: Path) -> Dataset:
     except ImportError as error:
         raise DataError(f"{spec.path}: needs the package: pip install datasets") from error
     local = Path(spec.path)
-    if not spec.path.startswith(HUB) and not local.is_file():
+    if not spec.path.startswith(HUB) and not os.path.isfile(local):
         raise DataError(f"cannot read {spec.path}: no such file")
     was_shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # the run's own bar is the only one

@@ -109,6 +109,10 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         mixture(tmp_path, str(tmp_path / "none.jsonl"), 4)
     with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
         mixture(tmp_path, str(tmp_path), 4)
+    for name in ("x" * 300, "a\0b", "\ud800"):
+        for suffix in (".jsonl", ".csv"):
+            with pytest.raises(DataError, match="cannot read "):
+                mixture(tmp_path, [{"path": name + suffix}], 4)
     for content in (b"", b"\n \n\r\n", b"\xef\xbb\xbf"):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(DataError, match=r"empty\.jsonl is empty"):

@@ -174,6 +174,15 @@ def test_tasks_come_and_go_and_the_others_read_on(tmp_path: Path, old: bool, cap
     assert "1 task(s) of the checkpoint are not named any more" in caplog.text
 
 
+def test_two_of_a_path_do_not_take_each_others_place(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", ["x"] * 5))
+    tasks = [{"path": path}, {"path": path, "template": "{text}!"}]
+    state = mixture(tmp_path, tasks, 4).state()
+    mixture(tmp_path, tasks, 4).load_state(state)
+    with pytest.raises(DataError, match="its text, template, messages, loss_on or chat template is not what it was"):
+        mixture(tmp_path, tasks[::-1], 4).load_state(state)
+
+
 def test_a_state_of_20_tasks_is_below_4_kib(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 40)
     folder.mkdir()
