@@ -341,7 +341,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
         name = rest[position].split("=")[0]
         has_value = "=" not in rest[position] and position + 1 < len(rest) and not rest[position + 1].startswith("--")
         if name not in INERT:
-            near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1)
+            near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1, 0.75)
             hint = f": is it {near[0]}?" if near else ""
             raise ConfigError(f"unknown flag {rest[position]}{hint}; dist_train.py --help lists all of them")
         notices.append(f"{name} has no effect and is ignored")

@@ -48,7 +48,7 @@ def assert_same(a: Path, b: Path) -> None:
     [
         (2, 2, {}),
         (2, 1, {"bf16": True, "pp_mode": "1f1b"}),
-        (2, 1, {"fp16": True, "initial_loss_scale": 2.0**24, "loss_scale_window": 2, "hysteresis": 1}),
+        (2, 1, {"fp16": True, "initial_loss_scale": 2.0**20, "loss_scale_window": 2, "hysteresis": 1}),
         (1, 2, {"optimizer": "8bit-adam", "use_offload": True, "bf16": True}),
         (1, 1, {"optimizer": "adam", "gradient_accumulate_step": 2, "total_steps": 12, "checkpoint_steps": 6}),
     ],
