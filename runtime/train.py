@@ -293,7 +293,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         usage=Usage(meter, device, topology),
     )
     if config.rank == 0:
-        log.info("training starts %.1f s after the process did", time.time() - born)
+        log.info("training starts %.1f s after the process was started", time.time() - born)
     signals.training = True
     progress, early = trainer.run(progress)
     if progress.applied == 0 and not early:

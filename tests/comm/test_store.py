@@ -47,6 +47,25 @@ def client(port: int, rank: int = 0, secret: bytes = SECRET, timeout_s: float = 
     return StoreClient("127.0.0.1", port, rank, secret, timeout_s)
 
 
+def test_answers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nagle's algorithm against delayed acknowledgements: 40 ms a request."""
+    seen = []
+    serve = StoreServer._serve
+
+    async def watched(self: StoreServer, who: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        await serve(self, who, reader, writer)
+
+    monkeypatch.setattr(StoreServer, "_serve", watched)
+    made = StoreServer("127.0.0.1", port := free_port(), SECRET)
+    mine = client(port)
+    seen.append(mine._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    mine.close()
+    made.close()
+    assert len(seen) == 2
+    assert all(seen)
+
+
 def test_keys(server: tuple[StoreServer, int]) -> None:
     a, b = client(server[1]), client(server[1], 1)
     a.set("x", "one")
