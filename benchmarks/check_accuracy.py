@@ -18,12 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from farspan.modules.layers import build_layers, init_unit
-from farspan.modules.shards import write_index, write_unit
-from farspan.modules.spec import ModelSpec
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from small import prepare
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tests" / "lab"))
@@ -44,28 +39,6 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("2 replicas, 200 Mbit/s, 2 ms", {"hosts": 2, "rate_mbit": 200, "delay_ms": 2}, {"data_group_size": 2}),
 ]
-
-
-def prepare(folder: Path, layers: int, width: int) -> None:
-    """A GPT-NeoX and a task."""
-    shape = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": 4,
-        "intermediate_size": 4 * width,
-    }
-    spec = ModelSpec.from_config(
-        {"model_type": "gpt_neox", **shape, "vocab_size": 2048, "max_position_embeddings": 256, "rotary_pct": 0.25}
-    )
-    for unit in range(spec.unit_count):
-        (layer,) = build_layers(spec, [unit])
-        init_unit(layer, spec, unit, 1)
-        write_unit(folder, spec, unit, dict(layer.named_parameters()))
-    write_index(folder, spec, torch.float32)
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    (folder / "task.jsonl").write_text(json.dumps({"text": "a b " * 500}) + "\n")
 
 
 def run(hosts: Sequence[Host], flags: dict[str, Any], *more: str) -> str:
@@ -91,7 +64,7 @@ def compare(cases: Sequence[int], updates: int, layers: int, width: int, show: b
     for number in cases:
         name, matrix, grid = CASES[number]
         with tempfile.TemporaryDirectory() as folder, lab(matrix) as hosts:
-            prepare(Path(folder), layers, width)
+            prepare(Path(folder), layers, width, vocabulary=2048)
             flags = {
                 "model_name": folder, "task_name": f"{folder}/task.jsonl", "checkpoint_path": f"{folder}/run",
                 "seq_length": 256, "batch_size": 16, "micro_batch_size": 2, "total_steps": updates, "lr": 1e-4,

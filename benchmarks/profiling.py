@@ -19,14 +19,9 @@ import timeit
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-from farspan.modules.layers import build_layers, init_unit
-from farspan.modules.shards import write_index, write_unit
-from farspan.modules.spec import ModelSpec
 from farspan.pipeline.timeline import Meter, Timeline
 from farspan.runtime.cli import main
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from small import prepare
 
 STAGES, MICRO_BATCHES = 2, 8
 
@@ -45,27 +40,10 @@ def alternate() -> list[float]:
     return spent
 
 
-def prepare(folder: Path) -> None:
-    """A GPT-NeoX of 4 layers of width 256, and a task."""
-    shape = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
-    spec = ModelSpec.from_config(
-        {"model_type": "gpt_neox", **shape, "vocab_size": 1024, "max_position_embeddings": 256, "rotary_pct": 0.25}
-    )
-    for unit in range(spec.unit_count):
-        (layer,) = build_layers(spec, [unit])
-        init_unit(layer, spec, unit, 1)
-        write_unit(folder, spec, unit, dict(layer.named_parameters()))
-    write_index(folder, spec, torch.float32)
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    (folder / "task.jsonl").write_text(json.dumps({"text": "a b " * 500}) + "\n")
-
-
 def compare(updates: int) -> None:
     with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
         folder = Path(name)
-        prepare(folder)
+        prepare(folder, layers=4, width=256, vocabulary=1024)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
