@@ -7,34 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import grids
 import pytest
+from grids import GRIDS, ROWS, UPDATES
 from launch import Run
-from tiny import make_model, make_task
 
 pytestmark = gpu.with_nccl
 
-ROWS, UPDATES = 8, 4
-#      stages replicas micro-batches  layers of each stage
-GRIDS = [
-    (1, 1, 1, None),
-    (2, 1, 4, None),
-    (3, 1, 4, "1,3,1"),
-    (2, 2, 2, None),
-    (1, 2, 2, None),
-    (4, 1, 8, None),
-]
 
-
-class World:
-    """Models, tasks, and what one process on CPU makes of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.task_name = f"{make_task(folder / 'a.jsonl')}:0.3,{make_task(folder / 'b.jsonl', seed=1)}:0.7"
-
-    def model(self, family: str, **changes: object) -> Path:
-        folder = self.folder / "-".join([family, *(f"{k}{v}" for k, v in changes.items())])
-        return folder if folder.exists() else make_model(folder, family, **changes)
+class World(grids.World):
+    """And what one process on CPU makes of them."""
 
     def flags(self, model: Path, checkpoints: Path, replicas: int, micro_batches: int, accumulate: int) -> dict:
         return {

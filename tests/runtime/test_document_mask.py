@@ -19,10 +19,11 @@ from farspan.runtime.preprocess import main as preprocess
 from farspan.runtime.recipe import Frame
 from farspan.runtime.tasks import positions_of
 from farspan.runtime.tokenizer import Vocabulary
+from grids import train_plainly
 from launch import Run, read_metrics
 from tiny import make_model, make_task, make_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Flags = Callable[..., dict[str, Any]]
 ROWS, LENGTH, UPDATES, LR = 4, 24, 3, 3e-3
@@ -114,23 +115,10 @@ def plain_loop(folder: Path, task_name: str) -> tuple[list[float], list[float], 
     )  # fmt: skip
     mixture = open_tasks(told, Vocabulary(told))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, eps=1e-6)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, UPDATES)
-    losses, norms = [], []
-    for _ in range(UPDATES):
-        drawn = mixture.draw(ROWS)
-        ids = torch.from_numpy(drawn.tokens)
-        loss = model(input_ids=ids, labels=ids, **documents_of(torch.from_numpy(drawn.positions))).loss
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    drawn = (mixture.draw(ROWS) for _ in range(UPDATES))
+    pairs = ((torch.from_numpy(d.tokens), torch.from_numpy(d.positions)) for d in drawn)
+    batches = ({"input_ids": ids, "labels": ids, **documents_of(positions)} for ids, positions in pairs)
+    losses, norms = train_plainly(model, batches, LR, UPDATES)
     return losses, norms, model.eval()
 
 

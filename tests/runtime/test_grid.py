@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,12 @@ import torch
 from farspan.runtime.config import Config
 from farspan.runtime.open_tasks import open_tasks
 from farspan.runtime.tokenizer import Vocabulary
+from grids import GRIDS, ROWS, UPDATES, World, train_plainly
 from launch import Run, read_metrics
-from tiny import make_model, make_task
 from torch import Tensor
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM
 
-ROWS, LENGTH, UPDATES, WARMUP, LR, SEED = 8, 16, 4, 1, 3e-3, 7
-
-#      stages replicas micro-batches  layers of each stage
-GRIDS = [
-    (1, 1, 1, None),
-    (2, 1, 4, None),
-    (3, 1, 4, "1,3,1"),
-    (2, 2, 2, None),
-    (1, 2, 2, None),
-    (4, 1, 8, None),
-]
+LENGTH, WARMUP, LR, SEED = 16, 1, 3e-3, 7
 
 
 @dataclass
@@ -37,60 +28,24 @@ class Reference:
     weights: dict[str, Tensor]
 
 
-@dataclass
-class World:
-    folder: Path
-    task_name: str
-
-    def model(self, family: str, **changes: object) -> Path:
-        name = "-".join([family, *(f"{k}{v}" for k, v in changes.items())])
-        folder = self.folder / name
-        return folder if folder.exists() else make_model(folder, family, **changes)
-
-    def reference(self, model: Path, accumulate: int) -> Reference:
-        return plain_loop(model, self.task_name, accumulate)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("grid")
-    a, b = make_task(folder / "a.jsonl"), make_task(folder / "b.jsonl", seed=1)
-    return World(folder, f"{a}:0.3,{b}:0.7")
+    return World(tmp_path_factory.mktemp("grid"))
 
 
-_references: dict[tuple[Path, int], Reference] = {}
-
-
+@cache
 def plain_loop(folder: Path, task_name: str, accumulate: int) -> Reference:
-    """Hugging Face's model, torch's AdamW and clipping, transformers' schedule; one backward for the whole batch."""
-    key = folder, accumulate
-    if key in _references:
-        return _references[key]
+    """Hugging Face's model, with one backward for the whole batch."""
     told = Config(
         model_name=str(folder), task_name=task_name, seq_length=LENGTH, seed=SEED, data_cache=str(folder / "cache")
     )
     mixture = open_tasks(told, Vocabulary(told))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    flat = [p for p in model.parameters() if p.ndim == 1]  # norms and biases
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": flat, "weight_decay": 0.0}], lr=LR, eps=1e-6
-    )
-    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
-    losses, norms = [], []
-    for _ in range(UPDATES):
-        ids = torch.from_numpy(mixture.draw(accumulate * ROWS).tokens)
-        loss = model(input_ids=ids, labels=ids).loss  # no padding: the mean over all rows' T − 1 targets
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    model.save_pretrained(folder / f"reference-{accumulate}")
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    _references[key] = Reference(losses, norms, weights)
-    return _references[key]
+    drawn = (torch.from_numpy(mixture.draw(accumulate * ROWS).tokens) for _ in range(UPDATES))
+    # No padding: the mean is over all rows' T − 1 targets.
+    batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
+    losses, norms = train_plainly(model, batches, LR, UPDATES, WARMUP)
+    return Reference(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
 
 
 def check_equal(checkpoints: Path, reference: Reference, rtol: float = 1e-5) -> None:
@@ -130,7 +85,7 @@ def test_every_grid_equals_one_process(
     run_flags = flags(world, model, tmp_path, replicas, micro_batches, accumulate)
     with Run(stages, replicas, {**run_flags, "pp_mode": mode, "layer_split": split}) as run:
         run.succeed()
-    check_equal(tmp_path, world.reference(model, accumulate))
+    check_equal(tmp_path, plain_loop(model, world.task_name, accumulate))
 
 
 @pytest.mark.parametrize("family", ["gptj", "llama"])
@@ -138,7 +93,7 @@ def test_the_other_families_on_a_grid(world: World, tmp_path: Path, family: str)
     model = world.model(family)
     with Run(2, 2, {**flags(world, model, tmp_path, 2, 2, 1), "pp_mode": "1f1b", "pp_ahead": 2}) as run:
         run.succeed()
-    check_equal(tmp_path, world.reference(model, 1))
+    check_equal(tmp_path, plain_loop(model, world.task_name, 1))
 
 
 @pytest.mark.parametrize("family", ["llama", "gptneox"])
@@ -150,4 +105,4 @@ def test_tied_embeddings_over_stages(
     model = world.model(family, tie_word_embeddings=True)
     with Run(stages, replicas, flags(world, model, tmp_path, replicas, micro_batches, 1)) as run:
         run.succeed()
-    check_equal(tmp_path, world.reference(model, 1))
+    check_equal(tmp_path, plain_loop(model, world.task_name, 1))
