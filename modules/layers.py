@@ -92,6 +92,11 @@ def unit_shapes(spec: ModelSpec, unit: int) -> dict[str, torch.Size]:
     return dict(_shapes(spec, unit if unit in (0, spec.head_unit) else 1))
 
 
+def unit_elements(spec: ModelSpec, unit: int) -> int:
+    """How many parameters one unit's module has."""
+    return sum(shape.numel() for shape in unit_shapes(spec, unit).values())
+
+
 def hf_names(spec: ModelSpec, unit: int) -> dict[str, str]:
     """Parameter name in the unit's module → full tensor name in an HF checkpoint.
 

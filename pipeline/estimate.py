@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..comm.lane import Ticket
 from ..comm.link import WINDOW
-from ..modules.layers import unit_shapes
+from ..modules.layers import unit_elements
 from ..modules.spec import ModelSpec
 from .executor import Batch, Edges, Executor
 from .gradients import Gradients
@@ -151,7 +151,7 @@ def estimate(
     if dtype != torch.float32:  # a gradient, and its fp32 copy on the way to its sum, which no tracker sees
         work = max(work, (dtype.itemsize + 4) * max(sizes))
     if device.type == "cpu":  # loading holds one unit twice, before there are activations
-        largest = max(sum(shape.numel() for shape in unit_shapes(spec, unit).values()) for unit in units)
+        largest = max(unit_elements(spec, unit) for unit in units)
         work = max(work, 4 * largest - live * kept)
     apart = dtype != torch.float32 or offload
     message = rows * length * spec.width * dtype.itemsize

@@ -18,7 +18,7 @@ from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..comm.verify import host_here, network_here
 from ..modules.checksums import SUMS, read_sums, sha256
-from ..modules.layers import unit_shapes
+from ..modules.layers import unit_elements
 from ..modules.shards import ShardError, ShardStore
 from ..modules.spec import ModelSpec
 from ..pipeline.estimate import estimate
@@ -33,15 +33,15 @@ from .precision import compute_dtype
 from .prepare import (
     check_model,
     describe,
-    digest,
+    first_difference,
     keep_freed_memory,
     layer_split,
     make_plan,
     open_model,
     open_vocabulary,
     pick_device,
+    shake_hands,
     share_threads,
-    versions,
 )
 from .report import report
 from .wiring import Wires, connect
@@ -72,7 +72,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     store, spec = open_model(config)
     check_model(config, spec)
     plan = make_plan(config)
-    meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
+    shake_hands(meeting, config, spec)
     device, dtype = pick_device(config, network), compute_dtype(config)
     share_threads(meeting)
     keep_freed_memory()
@@ -93,7 +93,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     if device.type == "cuda":
         pools[gpu_pool(device)] = [torch.cuda.mem_get_info(device)[0], need.on_device]
     told = {
-        "what": describe(units, spec), "device": str(device), "host": os.uname().nodename, "network": network_here(),
+        "what": describe(units, spec), "network": network_here(),
         "need": asdict(need), "pools": pools, "files": asdict(files),
     }  # fmt: skip
     ranks = meeting.exchange("check: plans", told, config.wire_timeout)
@@ -151,13 +151,8 @@ def look_at_files(store: ShardStore, units: range) -> Files:
 def file_problems(ranks: Sequence[dict[str, Any]]) -> list[str]:
     """What the ranks found, and files that two of them have differently."""
     problems = [f"rank {rank}: {line}" for rank, told in enumerate(ranks) for line in told["files"]["problems"]]
-    first: dict[str, tuple[int, str]] = {}
-    for rank, told in enumerate(ranks):
-        for name, found in told["files"]["sums"].items():
-            other, seen = first.setdefault(name, (rank, found))
-            if seen != found and not problems:
-                problems.append(f"{name} is not the same on rank {other} and rank {rank}: copy one over the other")
-    return problems
+    differ = None if problems else first_difference([told["files"]["sums"] for told in ranks])
+    return problems if differ is None else [f"{differ}: copy one over the other"]
 
 
 def memory_problems(ranks: Sequence[dict[str, Any]]) -> list[str]:
@@ -213,7 +208,7 @@ def _sums(config: Config, spec: ModelSpec, units: range, wires: Wires, topology:
         if stage != own_stage or wires.peers is None:
             continue
         sharded = config.dp_mode == "zero1"
-        elements = sum(shape.numel() for unit in units for shape in unit_shapes(spec, unit).values())
+        elements = sum(unit_elements(spec, unit) for unit in units)
         most = min(int(config.bucket_mb * 1e6 / 4), elements)
         how = "reduce_scatter" if sharded else "all_reduce"
         full = measure_sum(wires.peers, most, config.wire_timeout, how)

@@ -16,7 +16,7 @@ from ..comm.lane import ThreadLane
 from ..comm.probe import EdgeFigures, Probe
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
-from ..modules.layers import init_unit, unit_shapes
+from ..modules.layers import init_unit, unit_elements
 from ..modules.spec import ModelSpec
 from ..pipeline.estimate import alone_row, still_edges
 from ..pipeline.executor import Batch, Executor
@@ -24,6 +24,7 @@ from ..pipeline.schedule import Plan, live_activations
 from ..pipeline.stage import Stage
 from .config import Config
 from .optim import Optimizer
+from .wiring import fed
 
 CONNECTIONS = 4
 _ROUNDS, _LONG_ENOUGH_S = 3, 2.0
@@ -59,13 +60,8 @@ def edges_of(config: Config, topology: Topology, plan: Plan, message_bytes: int)
         peers = topology.peers(stage)
         for source, target in zip(peers, (*peers[1:], peers[0]), strict=True):
             yield Edge("replicas", source, target, name := f"replicas of stage {stage}", name)
-    fed = [("tokens", topology.peers(0)), ("labels", topology.peers(topology.stages - 1))]
-    if config.document_mask:
-        fed.append(("positions", tuple(range(topology.world))))
-    for kind, ranks in fed:
-        for rank in ranks:
-            if rank != 0:
-                yield Edge("data", 0, rank, name := f"{kind}→{rank}", name)
+    for kind, rank in fed(topology, config.document_mask):
+        yield Edge("data", 0, rank, name := f"{kind}→{rank}", name)
 
 
 def in_rounds(edges: Sequence[Edge], networks: Sequence[str]) -> list[list[Edge]]:
@@ -178,7 +174,7 @@ def measure_layers(
         more = _computed(config, spec, part, dtype, device)
         forward += max(more[0] - inner[0], 0.0)
         backward += max(more[1] - inner[1], 0.0)
-    elements = sum(shape.numel() for unit in units for shape in unit_shapes(spec, unit).values())
+    elements = sum(unit_elements(spec, unit) for unit in units)
     return LayerSeconds(forward, backward, inner[2] * elements)
 
 

@@ -97,14 +97,11 @@ def make_evaluation_plan(config: Config) -> Plan:
     return plan
 
 
-def versions() -> dict[str, str]:
-    """What else must be the same on all ranks."""
-    return {"farspan's version": __version__, "torch's version": torch.__version__.split("+")[0]}
-
-
-def digest(spec: ModelSpec) -> str:
-    """A short name for all facts of a model."""
-    return hashlib.sha256(repr(spec).encode()).hexdigest()[:12]
+def shake_hands(meeting: Rendezvous, config: Config, spec: ModelSpec) -> None:
+    """Raises `Mismatch` unless flags, versions and the model's facts are the same on all ranks."""
+    facts = hashlib.sha256(repr(spec).encode()).hexdigest()[:12]
+    versions = {"farspan's version": __version__, "torch's version": torch.__version__.split("+")[0]}
+    meeting.agree({**config.agreement(), **versions, "the model's config.json": facts})
 
 
 def describe(units: range, spec: ModelSpec) -> str:
@@ -248,12 +245,16 @@ def fill(
 def same_weights(ranks: Sequence[Mapping[str, int]]) -> None:
     """`ranks`: what each has loaded, name → checksum. Replicas and the copies of a tied matrix must begin alike: later
     they only ever exchange gradients, and would train two models to neither. Raises `Mismatch`."""
-    first: dict[str, tuple[int, int]] = {}
-    for rank, sums in enumerate(ranks):
-        for name, found in sums.items():
+    if (differ := first_difference(ranks)) is not None:
+        raise Mismatch(f"the weights differ: {differ}; give all ranks the same files (--check names those that differ)")
+
+
+def first_difference(ranks: Sequence[Mapping[str, object]]) -> str | None:
+    """The first name under which two of the ranks have something else, in words."""
+    first: dict[str, tuple[int, object]] = {}
+    for rank, things in enumerate(ranks):
+        for name, found in things.items():
             other, seen = first.setdefault(name, (rank, found))
             if found != seen:
-                raise Mismatch(
-                    f"the weights differ: {name} is not the same on rank {other} and rank {rank}; give all ranks the "
-                    "same files (--check names those that differ)"
-                )
+                return f"{name} is not the same on rank {other} and rank {rank}"
+    return None

@@ -45,7 +45,6 @@ from .prepare import (
     allow_descriptors,
     check_model,
     describe,
-    digest,
     fill,
     keep_freed_memory,
     layer_split,
@@ -56,8 +55,8 @@ from .prepare import (
     pick_device,
     same_weights,
     settle,
+    shake_hands,
     share_threads,
-    versions,
 )
 from .profiling import Profile
 from .tasks import DataError
@@ -198,7 +197,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     check_model(config, spec)
     split = layer_split(config, spec)
     plan = make_plan(config)
-    meeting.agree({**config.agreement(), **versions(), "the model's config.json": digest(spec)})
+    shake_hands(meeting, config, spec)
     if config.as_test:
         config = shortened(config)
     device = pick_device(config, network)

@@ -56,6 +56,14 @@ def backend_of(config: Config, group: str) -> str:
     return config.pp_library if group[0].isdigit() or group.startswith("tied") else "gloo"
 
 
+def fed(topology: Topology, positions: bool) -> Iterator[tuple[str, int]]:
+    """What rank 0 sends of the data, and to whom; `positions` with --document-mask alone."""
+    to = {"tokens": topology.peers(0), "labels": topology.peers(topology.stages - 1)}
+    if positions:
+        to["positions"] = tuple(range(topology.world))
+    yield from ((kind, rank) for kind, ranks in to.items() for rank in ranks if rank != 0)
+
+
 def group_members(topology: Topology, tied: bool, positions: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every group of a run, in one order on all ranks.
 
@@ -68,13 +76,8 @@ def group_members(topology: Topology, tied: bool, positions: bool = False) -> It
             yield f"{b}→{a}", (a, b)
         if tied and topology.stages > 1:
             yield f"tied embedding of replica {replica}", (line[0], line[-1])
-    fed = [("tokens", topology.peers(0)), ("labels", topology.peers(topology.stages - 1))]
-    if positions:
-        fed.append(("positions", tuple(range(topology.world))))
-    for kind, ranks in fed:
-        for rank in ranks:
-            if rank != 0:
-                yield f"{kind}→{rank}", (0, rank)
+    for kind, rank in fed(topology, positions):
+        yield f"{kind}→{rank}", (0, rank)
     if topology.replicas > 1:
         for stage in range(topology.stages):
             yield f"replicas of stage {stage}", topology.peers(stage)
