@@ -28,7 +28,7 @@ from .stage import Stage
 
 HEAP_SHARE = 0.17
 """On a CPU: what malloc holds beyond what is in use, holes that fit nothing; 4 to 35 % were seen (glibc 2.36)."""
-_MOMENTS = {"adamw": 8.0, "adam": 8.0, "8bit-adam": 2 + 8 / 256}  # bytes a parameter
+_MOMENTS = {"adamw": 8.0, "adam-l2": 8.0, "8bit-adam": 2 + 8 / 256}  # bytes a parameter
 
 
 class Tracker(TorchDispatchMode):

@@ -84,7 +84,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     files = look_at_files(store, units) if store is not None else Files(0, 0, {}, True, [])
     need = estimate(
         spec, units, plan[place.stage], rows=config.micro_batch_size, length=config.seq_length, dtype=dtype,
-        device=device, recompute=config.recompute, optimizer=config.optimizer, offload=config.use_offload,
+        device=device, recompute=config.recompute, optimizer=config.optimizer_kind, offload=config.use_offload,
         shards=topology.replicas if config.dp_mode == "zero1" else 1, documents=config.document_mask,
     )  # fmt: skip
     pools = {

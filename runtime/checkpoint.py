@@ -48,7 +48,8 @@ class Progress:
 
     The best evaluation (loss, step), how many have come since that did not improve on it, and the digest of the
     held-out text; with --nepochs, the sequences of one epoch. `skipped` of the updates did not touch the weights, since
-    a gradient overflowed; `scaler` is the loss scale's state.
+    a gradient overflowed; `scaler` is the loss scale's state. `optimizer` is its kind (None in checkpoints of before it
+    was kept).
     """
 
     step: int = 0
@@ -62,6 +63,7 @@ class Progress:
     held_out: int | None = None
     skipped: int = 0
     scaler: dict[str, Any] | None = None
+    optimizer: str | None = None
 
     @property
     def applied(self) -> int:

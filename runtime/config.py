@@ -127,8 +127,9 @@ class OptimizerFlags:
 
     optimizer: str = _flag(
         "adamw",
-        "adamw decays weights apart from the gradient; adam adds the decay to it; 8bit-adam: adamw, 8-bit moments",
-        choices=("adamw", "adam", "8bit-adam"),
+        "adamw and adam are AdamW, which decays weights apart from the gradient; 8bit-adam: the same, 8-bit moments; "
+        "adam-l2: Adam, with the decay added to the gradient",
+        choices=("adamw", "adam", "8bit-adam", "adam-l2"),
     )
     lr: float = _flag(0.01, "peak learning rate")
     total_steps: int = _flag(0, "accumulation steps of the whole run: updates × --gradient-accumulate-step")
@@ -254,6 +255,11 @@ class Config(
     def dp_library(self) -> str:
         """--dp-backend, by its present name."""
         return self.dp_backend.removeprefix("cupy_")
+
+    @property
+    def optimizer_kind(self) -> str:
+        """--optimizer, by the one name of each kind."""
+        return "adamw" if self.optimizer == "adam" else self.optimizer
 
     @property
     def lr_floor(self) -> float:

@@ -41,8 +41,8 @@ class Piece:
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), Adam, or AdamW with 8-bit moments (Dettmers et al.,
-    arXiv:2110.02861) over `stage`, fed by `gradients`.
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), AdamW with 8-bit moments (Dettmers et al., arXiv:2110.02861), or
+    Adam with an L2 penalty, over `stage`, fed by `gradients`.
 
     Where the stage computes in 16 bits, fp32 copies of the weights are what is trained; the stage gets them rounded.
     With `--use-offload` these and the moments are in host memory, and are updated there. With `--dp-mode zero1` (ZeRO
@@ -232,7 +232,7 @@ def _make(groups: list[dict], config: Config) -> tuple[torch.optim.Optimizer, tu
             for p, parameter in enumerate(group["params"]):
                 eight.init_state(group, parameter, g, p)
         return eight, _EIGHT_BIT
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    kind = {"adamw": torch.optim.AdamW, "adam-l2": torch.optim.Adam}[config.optimizer_kind]
     made = kind(groups, **common, fused=True)
     for group in made.param_groups:
         for parameter in group["params"]:

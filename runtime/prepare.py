@@ -226,8 +226,10 @@ def fill(
                 f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
                 "a run cannot change it halfway"
             )
+        if (notice := same_optimizer(config, progress, folder)) and config.rank == 0:
+            log.warning("%s", notice)
         checkpoints.go_on(progress, taken_back=config.load_step > 0)
-        return progress
+        return replace(progress, optimizer=config.optimizer_kind)
     if not config.load_checkpoint and config.rank == 0 and (steps := checkpoint_steps(config.checkpoints)):
         log.warning(
             "--load-checkpoint false: starting over; those in %s (up to step %d) are replaced by new ones",
@@ -239,7 +241,20 @@ def fill(
         for unit, layer in zip(stage.units, stage.layers, strict=True):
             init_unit(layer, spec, unit, config.seed)
         optimizer.adopt()
-    return Progress()
+    return Progress(optimizer=config.optimizer_kind)
+
+
+def same_optimizer(config: Config, progress: Progress, folder: Path) -> str | None:
+    """What is to be said of going on with --optimizer from the checkpoint in `folder`. Raises `CheckpointError`."""
+    then, now = progress.optimizer, config.optimizer_kind
+    if then not in (None, now):
+        raise CheckpointError(f"{folder} was written with --optimizer {then}, which a run cannot change halfway")
+    if then is None and config.optimizer == "adam":
+        return (
+            f"{folder} was written by a version whose --optimizer adam added the decay to the gradient. adam is AdamW "
+            "now, and the run goes on with it; to go on as it was, stop it and give --optimizer adam-l2"
+        )
+    return None
 
 
 def same_weights(ranks: Sequence[Mapping[str, int]]) -> None:

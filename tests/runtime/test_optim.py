@@ -85,8 +85,38 @@ def test_bf16_trains_fp32_weights(model: Path) -> None:
     )
 
 
-def test_adam_couples_its_decay(model: Path) -> None:
-    _, optimizer = stage_of(model, optimizer="adam")
+def test_adam_leaves_rows_that_no_token_touches(model: Path) -> None:
+    """50 updates with zero gradients there: nothing but AdamW's decay moves them, bit for bit torch's."""
+    told = {"optimizer": "adam", "max_grad_norm": 0.0}
+    stage, optimizer = stage_of(model, **told)
+    rows = optimizer.tensors[0].parameter
+    assert optimizer.tensors[0].name == "tokens.weight"
+    before = rows.detach().clone()
+    ids = torch.randint(0, 8, (2, 16))
+    for _ in range(50):
+        optimizer.gradients.zero()
+        stage(ids).square().mean().backward()
+        optimizer.step(1e-4, 1.0)
+    assert not torch.allclose(rows[:8], before[:8] * (1 - 1e-4 * 0.1) ** 50, atol=1e-4)
+    torch.testing.assert_close(rows[8:].detach(), before[8:] * (1 - 1e-4 * 0.1) ** 50)
+
+
+def test_adam_l2_is_torchs_adam(model: Path) -> None:
+    _, optimizer = stage_of(model, optimizer="adam-l2")
+    weight = masters(optimizer)[0]
+    theirs = torch.nn.Parameter(weight.clone())
+    torchs = torch.optim.Adam([theirs], lr=1e-2, eps=Config().adam_eps, weight_decay=0.1, fused=True)
+    for seed in range(3):
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        theirs.grad = gradient.clone()
+        optimizer.gradients.views[0].copy_(gradient)
+        optimizer.step(1e-2, 1.0)
+        torchs.step()
+    assert torch.equal(masters(optimizer)[0], theirs)
+
+
+def test_adam_l2_couples_its_decay(model: Path) -> None:
+    _, optimizer = stage_of(model, optimizer="adam-l2")
     old = masters(optimizer)[0].clone()
     optimizer.step(1e-2, 1.0)
     # A pure decay gradient, normalised by Adam: a whole step of lr, whatever the weight's size.
@@ -118,7 +148,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["adamw", "adam", "8bit-adam"])
+@pytest.mark.parametrize("kind", ["adamw", "adam-l2", "8bit-adam"])
 def test_offload_gives_the_same_numbers(wide: Path, kind: str, dtype: torch.dtype) -> None:
     there, here = (stage_of(wide, dtype, optimizer=kind, use_offload=offload)[1] for offload in (True, False))
     steps([there], 3)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from farspan.converters.hf import import_hf
-from farspan.runtime.checkpoint import MANIFEST, problem
+from farspan.runtime.checkpoint import MANIFEST, CheckpointError, Progress, problem
+from farspan.runtime.config import Config
+from farspan.runtime.prepare import same_optimizer
 from launch import Run, read_metrics
 from safetensors.torch import load_file
 from tiny import make_model
@@ -50,7 +52,7 @@ def assert_same(a: Path, b: Path) -> None:
         (2, 1, {"bf16": True, "pp_mode": "1f1b"}),
         (2, 1, {"fp16": True, "initial_loss_scale": 2.0**20, "loss_scale_window": 2, "hysteresis": 1}),
         (1, 2, {"optimizer": "8bit-adam", "use_offload": True, "bf16": True}),
-        (1, 1, {"optimizer": "adam", "gradient_accumulate_step": 2, "total_steps": 12, "checkpoint_steps": 6}),
+        (1, 1, {"optimizer": "adam-l2", "gradient_accumulate_step": 2, "total_steps": 12, "checkpoint_steps": 6}),
     ],
 )
 def test_resuming_is_never_having_stopped(
@@ -72,6 +74,31 @@ def test_resuming_is_never_having_stopped(
     assert_same(cut / f"checkpoint_{last}", whole / f"checkpoint_{last}")
     states = [json.loads((f / f"checkpoint_{last}" / "trainer.json").read_text()) for f in (cut, whole)]
     assert states[0] == states[1]
+
+
+def test_another_optimizer_is_refused(flags: Flags, tmp_path: Path) -> None:
+    """Its moments have the same names; `adam` is another name of `adamw`."""
+    folder = train(flags(total_steps=2, optimizer="adam"), stages=1) / "checkpoint_2"
+    assert json.loads((folder / "trainer.json").read_text())["optimizer"] == "adamw"
+    with Run(1, 1, flags(optimizer="adam-l2")) as run:
+        end = run.wait(60)[0]
+    assert end.code == 1
+    assert f"{folder} was written with --optimizer adamw, which a run cannot change halfway" in end.err
+    train(flags(total_steps=3), stages=1)
+
+
+@pytest.mark.parametrize("then", [None, "adamw", "adam-l2", "8bit-adam"])
+@pytest.mark.parametrize("told", ["adam", "adamw", "adam-l2", "8bit-adam"])
+def test_what_is_said_of_the_optimizer_of_a_checkpoint(then: str | None, told: str) -> None:
+    config, progress = Config(optimizer=told), Progress(optimizer=then)
+    if then not in (None, told, config.optimizer_kind):
+        with pytest.raises(CheckpointError, match=f"ck was written with --optimizer {then}, which a run cannot"):
+            same_optimizer(config, progress, Path("ck"))
+        return
+    notice = same_optimizer(config, progress, Path("ck"))
+    # Before the kind was kept, only the flag can say that there may be anything to tell.
+    assert (notice is not None) == (then is None and told == "adam")
+    assert notice is None or "give --optimizer adam-l2" in notice
 
 
 def test_dropout_resumes_too(flags: Flags, tmp_path: Path) -> None:
