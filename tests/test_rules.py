@@ -27,7 +27,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "pipeline": ("torch",),
 }
 # Room → the only files outside it, but for tests and benchmarks, that may import it.
-ENTRY_SCRIPTS = {"runtime": ("dist_train.py", "preprocess.py"), "converters": ("converters/convert_*.py",)}
+ENTRY_SCRIPTS = {
+    "runtime": ("dist_train.py", "dist_clm_train.py", "preprocess.py"),
+    "converters": ("converters/convert_*.py",),
+}
 # Imported where they are used, never because a room's file was imported.
 HEAVY = ("wandb", "transformers", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
 
