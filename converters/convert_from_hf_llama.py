@@ -2,7 +2,7 @@
 
 import sys
 
-from farspan.converters.hf import main_from
+from farspan.converters.command import main_from
 
 if __name__ == "__main__":
     sys.exit(main_from("llama"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from farspan.converters.hf import main_to
+from farspan.converters.command import main_to
 
 if __name__ == "__main__":
     sys.exit(main_to("gptj"))

@@ -1,19 +1,16 @@
-"""Hugging Face checkpoints to shard folders and back, one layer in memory at a time. The scripts name a family."""
+"""Hugging Face checkpoints to shard folders and back, one layer in memory at a time."""
 
-import argparse
 import json
 import logging
 import shutil
-import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..modules.checksums import write_sums
-from ..modules.families import FAMILIES
 from ..modules.shards import (
     INDEX,
     SINGLE,
@@ -215,37 +212,3 @@ def _download(model_name: str) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise ConvertError(f"{model_name} is no folder here and the hub does not give it: {reason}") from error
     return folder
-
-
-def main_from(family: str, argv: Sequence[str] | None = None) -> int:
-    """`convert_from_hf_*.py`. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=f"Cut a {FAMILIES[family].architecture} checkpoint by layer.")
-    parser.add_argument("--model-name", required=True, help="a folder with an HF checkpoint, or a hub id")
-    parser.add_argument("--save-dir", required=True, type=Path, help="the shard folder is made in here")
-    args = parser.parse_args(argv)
-    return _report(lambda: import_hf(family, args.model_name, args.save_dir))
-
-
-def main_to(family: str, argv: Sequence[str] | None = None) -> int:
-    """`convert_to_hf_*.py`. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=f"Write a shard folder as one {FAMILIES[family].architecture}.")
-    parser.add_argument("--ckpt-path", required=True, type=Path, help="a shard folder or a training checkpoint")
-    parser.add_argument("--save-path", required=True, type=Path, help="the new folder")
-    for flag in ("--n-stages", "--n-layer-per-stage"):
-        parser.add_argument(flag, type=int, help="accepted and not needed: a checkpoint is cut by layer")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", dest="dtype", action="store_const", const=torch.float16)
-    precision.add_argument("--bf16", dest="dtype", action="store_const", const=torch.bfloat16)
-    args = parser.parse_args(argv)
-    return _report(lambda: export_hf(family, args.ckpt_path, args.save_path, args.dtype))
-
-
-def _report(convert: Callable[[], Path]) -> int:
-    """Run a conversion; its folder goes to stdout, what a person must mend to stderr as one line."""
-    try:
-        folder = convert()
-    except (ConvertError, ShardError, SpecError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(f"{folder}\n")
-    return 0

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from farspan.converters import hf
-from farspan.converters.hf import ConvertError, export_hf, import_hf, main_from, main_to
+from farspan.converters.command import main_from, main_to
+from farspan.converters.hf import ConvertError, export_hf, import_hf
 from farspan.modules.shards import ShardError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel

@@ -1,0 +1,57 @@
+"""What the converter scripts and `farspan convert` call. Flags are read before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..modules.families import FAMILIES
+
+
+def main_from(family: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """`convert_from_hf_*.py`. Returns the exit status."""
+    what = f"Cut a {FAMILIES[family].architecture} checkpoint by layer."
+    parser = argparse.ArgumentParser(prog=prog, description=what)
+    parser.add_argument("--model-name", required=True, help="a folder with an HF checkpoint, or a hub id")
+    parser.add_argument("--save-dir", required=True, type=Path, help="the shard folder is made in here")
+    args = parser.parse_args(argv)
+    from .hf import import_hf
+
+    return _report(lambda: import_hf(family, args.model_name, args.save_dir))
+
+
+def main_to(family: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """`convert_to_hf_*.py`. Returns the exit status."""
+    what = f"Write a shard folder as one {FAMILIES[family].architecture}."
+    parser = argparse.ArgumentParser(prog=prog, description=what)
+    parser.add_argument("--ckpt-path", required=True, type=Path, help="a shard folder or a training checkpoint")
+    parser.add_argument("--save-path", required=True, type=Path, help="the new folder")
+    for flag in ("--n-stages", "--n-layer-per-stage"):
+        parser.add_argument(flag, type=int, help="accepted and not needed: a checkpoint is cut by layer")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", dest="dtype", action="store_const", const="float16")
+    precision.add_argument("--bf16", dest="dtype", action="store_const", const="bfloat16")
+    args = parser.parse_args(argv)
+    import torch
+
+    from .hf import export_hf
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return _report(lambda: export_hf(family, args.ckpt_path, args.save_path, dtype))
+
+
+def _report(convert: Callable[[], Path]) -> int:
+    """Run a conversion; its folder goes to stdout, what a person must mend to stderr as one line."""
+    from ..modules.shards import ShardError
+    from ..modules.spec import SpecError
+    from .hf import ConvertError
+
+    try:
+        folder = convert()
+    except (ConvertError, ShardError, SpecError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(f"{folder}\n")
+    return 0
