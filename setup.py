@@ -29,6 +29,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "pyyaml>=6",
             "ruff>=0.6",
             "mypy>=1.10",
             "wandb>=0.20",
