@@ -10,12 +10,13 @@ from typing import Any
 
 from .config import Config
 from .continuity import SPECIAL_TOKENS, TOKENIZER, brief, digest
+from .first_rows import try_rows
 from .lines import LineFile
 from .pretokenized import TokenFolder, is_pretokenized
 from .recipe import Recipe
 from .tables import Table, is_table
 from .task_spec import TaskSpec, parse_tasks, read_task_config
-from .tasks import DataError, Readable, Task, TaskMixture, Tokenized
+from .tasks import DataError, Readable, Task, TaskMixture
 from .token_workers import Inline, Pool, Workers
 from .tokenizer import Vocabulary
 
@@ -51,7 +52,7 @@ def open_source(spec: TaskSpec, cache: Path) -> Readable:
     return Table(spec, cache) if is_table(spec.path) else LineFile(Path(spec.path), cache)
 
 
-def open_task(spec: TaskSpec, cache: Path, vocabulary: Vocabulary) -> tuple[Recipe, Readable | Tokenized]:
+def open_task(spec: TaskSpec, cache: Path, vocabulary: Vocabulary) -> tuple[Recipe, Readable | TokenFolder]:
     """A task's source, and the recipe that makes its tokens, or has made them.
 
     Raises `DataError`, also for a pre-tokenised folder whose tokens the task, the flags or the tokenizer would make
@@ -76,6 +77,9 @@ def open_each(
     """The tasks of `specs`, and the pool that works for all of them. Raises `DataError`."""
     cache = cache_of(config)
     opened = [open_task(spec, cache, vocabulary) for spec in specs]
+    for recipe, source in opened:
+        if not isinstance(source, TokenFolder):
+            try_rows(recipe, source, config.bad_lines == "skip")
     pool = make_pool([None if isinstance(source, TokenFolder) else recipe for recipe, source in opened], config)
     total = sum(spec.weight for spec in specs)
     tasks = [

@@ -16,11 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import Config, ConfigError, flag_options
+from .first_rows import try_rows
 from .open_tasks import make_pool, open_source, specs_of
 from .pretokenized import TokenWriter, is_pretokenized
 from .recipe import Block
 from .task_spec import DataError
-from .tasks import SHOWN
+from .tasks import SHOWN, unusable
 from .tokenizer import Vocabulary
 
 FLAGS = (
@@ -102,12 +103,13 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
             yield numbers, pending.get()
 
     try:
+        try_rows(recipe, source, config.bad_lines == "skip")
         with tqdm(total=source.rows, unit="line", unit_scale=True, disable=None, file=sys.stderr) as bar:
             for numbers, block in blocks():
                 for row, fault in block.faults.items():
                     where = source.where(int(numbers[row])) if bad < SHOWN or config.bad_lines == "error" else ""
                     if config.bad_lines == "error":
-                        raise DataError(f"{where}: {fault} (--bad-lines skip goes on without)")
+                        raise unusable(where, fault)
                     if bad < SHOWN:
                         log.warning("skipping %s: %s", where, fault)
                     bad += 1

@@ -44,6 +44,11 @@ class Tokenized(Source, Protocol):
     def block(self, numbers: np.ndarray) -> Block: ...
 
 
+def unusable(where: str, fault: str) -> DataError:
+    """What ends a run at one bad line."""
+    return DataError(f"{where}: {fault} (--bad-lines skip goes on without)")
+
+
 @dataclass
 class Cursor:
     """The next token of a task: `skip` tokens into document `position` of this epoch's order. And what it gave.
@@ -236,9 +241,7 @@ class Task:
             self._current = _Block(epoch, at, block, block.ends.tolist(), numbers)
             if block.faults and not self._skip_bad:
                 row = min(block.faults)
-                raise DataError(
-                    f"{self.source.where(int(numbers[row]))}: {block.faults[row]} (--bad-lines skip goes on without)"
-                )
+                raise unusable(self.source.where(int(numbers[row])), block.faults[row])
             self._barren = 0 if len(block.tokens) else self._barren + len(numbers)
             if self._barren >= 2 * self.source.rows:  # fewer may lie between one epoch's only good line and the next's
                 raise DataError(f"{self.spec.path}: no line of it gives any token")

@@ -212,7 +212,9 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
     # Only rank 0 has the tokenizer, and every rank must know how many tokens --special-tokens make it.
     spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
+    # Before the weights: mistakes in the data are the most frequent ones, and a large model takes minutes to load.
     mixture = open_tasks(config, vocabulary) if vocabulary else None
+    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     dtype = compute_dtype(config)
     stage = Stage(spec, units, dtype=dtype, device=device, recompute=config.recompute)
     optimizer = Optimizer(stage, config, place.replica)
@@ -221,7 +223,6 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if mixture is not None and progress.data is not None:
         mixture.load_state(progress.data)
     config, progress = settle(config, progress, mixture, meeting)
-    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
     # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
     facts = (*held_out.size, held_out.digest) if held_out is not None else None
     sums = {tensor.hf_name: checksum(tensor.parameter) for tensor in optimizer.tensors}

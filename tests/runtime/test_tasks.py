@@ -325,9 +325,8 @@ def test_a_bad_line_is_named_or_skipped(
 def test_a_template_names_the_key_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"q": "x", "a": "y"}\n{"q": "x"}\n')
-    made = mixture(tmp_path, [{"path": str(path), "template": "{q} {a}"}], 4)
     with pytest.raises(DataError, match=r'a\.jsonl:2: .*under "a"'):
-        made.draw(5)
+        mixture(tmp_path, [{"path": str(path), "template": "{q} {a}"}], 4)
 
 
 def test_numbers_in_a_template(tmp_path: Path) -> None:
@@ -348,9 +347,9 @@ def test_no_line_gives_a_token(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["", ""])
     with pytest.raises(DataError, match="no line of it gives any token"):
         mixture(tmp_path, str(path), 4, Frame("")).draw(1)
-    path.write_text("bad\n" * 600)
+    path.write_text('{"text": ""}\n' + "bad\n" * 600)
     with pytest.raises(DataError, match="no line of it gives any token"):
-        mixture(tmp_path, str(path), 4, bad_lines="skip").draw(1)
+        mixture(tmp_path, str(path), 4, Frame(""), bad_lines="skip").draw(1)
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:

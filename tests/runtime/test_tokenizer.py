@@ -208,7 +208,7 @@ def test_a_template_that_looks_ahead_is_refused(tmp_path: Path) -> None:
 
 def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of all that makes tokens and their order, a run that goes on is told by name what has changed."""
-    (tmp_path / "a.jsonl").write_text('{"m": [{"role": "user", "content": "hello"}], "t": "you"}\n' * 9)
+    (tmp_path / "a.jsonl").write_text('{"m": [{"role": "user", "content": "hello"}], "t": "you", "u": "me"}\n' * 9)
     make(tmp_path / "tok", "<s> $A", CHAT)
     make(tmp_path / "other", "<s> $A", CHAT + " ")
     make(tmp_path / "longer", "<s> $A </s>", CHAT)
@@ -241,7 +241,7 @@ def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog:
         ({"tok": "longer"}, "--tokenizer-name is another tokenizer than the one when"),
         ({"special_tokens": str(tmp_path / "ab.json")}, "--special-tokens names other tokens, or in another order"),
         ({"task": {"template": "{t}"}}, r"a\.jsonl: its text, template"),
-        ({"task": {"text": "m"}}, r"a\.jsonl: its text, template"),
+        ({"task": {"text": "u"}}, r"a\.jsonl: its text, template"),
         ({"task": {"messages": "m"}}, r"a\.jsonl: its text, template"),
     ):
         with pytest.raises(DataError, match=reason):
