@@ -22,10 +22,13 @@ setup(
         "cuda12": ["cupy-cuda12x>=13.6"],
         "cuda13": ["cupy-cuda13x>=13.6"],
         "data": ["datasets>=4", "zstandard>=0.22"],
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "watching": ["wandb>=0.20", "tensorboard>=2.18", "matplotlib>=3.9"],
         "dev": [
             "datasets>=4",
             "zstandard>=0.22",
+            "sentencepiece>=0.2",
+            "protobuf>=5",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -27,7 +27,7 @@ class ModelFlags:
 
     model_name: str = _flag("", "folder of layer shards, or any Hugging Face folder with safetensors", agree=False)
     tokenizer_name: str = _flag(
-        "", "folder (or hub name) of the tokenizer; rank 0 needs it [--model-name]", agree=False
+        "", "folder, file (tokenizer.json, tokenizer.model) or hub name; rank 0 needs it [--model-name]", agree=False
     )
     model_type: str = _flag("", "checked against config.json [read from it]", choices=("gptj", "gptneox", "llama"))
     num_layers: int = _flag(0, "transformer layers on each stage, the last stage takes the rest [even split]")

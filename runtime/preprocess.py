@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     """Write `output`; returns documents, tokens and bad lines. Raises `ConfigError` or `DataError`."""
     if not config.tokenizer_name:
-        raise ConfigError("--tokenizer-name is needed: the folder (or hub name) of the tokenizer")
+        raise ConfigError("--tokenizer-name is needed: the folder, file or hub name of the tokenizer")
     if not output.name:
         raise ConfigError(f"--output {output} must be the name of a folder to make")
     if config.data_workers < 0:

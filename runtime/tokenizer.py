@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import Config, ConfigError
+from .load_tokenizer import load
 from .recipe import BackendEncoder, Encoded, Encoder, Fault, Frame, Recipe, Span
 from .task_spec import DataError, TaskSpec
 
@@ -23,7 +24,7 @@ class Vocabulary:
 
     def __init__(self, config: Config) -> None:
         self.name = config.tokenizer_name or config.model_name
-        tokenizer = _load(self.name)
+        tokenizer, self._folder = load(self.name)
         self.known = _size(tokenizer)  # ids before any was added
         self.added = _special_tokens(config.special_tokens)
         if self.added:
@@ -53,12 +54,17 @@ class Vocabulary:
         render = ChatRender(self.tokenizer, spec.loss_on == "completion") if spec.messages else None
         return Recipe(spec, self.encoder, self.frame, render)
 
-    def save(self, folder: Path) -> Path:
-        """The tokenizer with what was added to it, and the other files that stood beside the old one."""
+    def files(self, folder: Path) -> Path:
+        """Where files lie that are this tokenizer: where it was found, if it is still the same; else written here."""
         from ..modules.shards import copy_tokenizer  # late: it imports torch, and worker processes load this file
 
+        if self._folder is not None and not self.added:
+            return self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        copy_tokenizer(Path(self.name), folder)
+        found = Path(self.name).expanduser()
+        copy_tokenizer(found, folder)
+        if found.suffix == ".model":
+            shutil.copyfile(found, folder / "tokenizer.model")
         self.tokenizer.save_pretrained(folder)
         return folder
 
@@ -77,30 +83,6 @@ class Vocabulary:
                 sides[side] = [token] if choice == "yes" else []
         separator = unescape(config.document_separator)
         return Frame(separator, tuple(sides["bos"]), tuple(sides["eos"]))
-
-
-def _load(name: str) -> PreTrainedTokenizerBase:
-    """Of a folder, or of the hub. Raises `ConfigError`."""
-    import transformers  # late: only rank 0 needs it, and it takes seconds
-
-    path, hub = Path(name), logging.getLogger("huggingface_hub")
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and path.parent.is_dir())
-    if not path.is_dir() and (path.exists() or is_path):
-        raise ConfigError(f"--tokenizer-name {name}: no such folder")
-    level = hub.level
-    try:
-        hub.setLevel(logging.CRITICAL)  # it tells of each of its attempts; the last one's error is the story
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # its readers raise what they like
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "no tokenizer there" if path.is_dir() else "no such folder here, and the hub does not give it"
-        raise ConfigError(f"--tokenizer-name {name}: {where}: {reason}") from error
-    finally:
-        hub.setLevel(level)
-    # Some kinds are made from a config.json alone, with nothing in them.
-    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
-        raise ConfigError(f"--tokenizer-name {name}: no tokenizer there: its files (tokenizer.json, say) are missing")
-    return tokenizer
 
 
 def _size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -269,8 +269,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         row = lower(make_evaluation_plan(config))[place.stage]
         executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
         evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
-    if vocabulary is not None and (vocabulary.added or not tokenizer.is_dir()):
-        tokenizer = vocabulary.save(config.checkpoints / "tokenizer")
+    if vocabulary is not None:
+        tokenizer = vocabulary.files(config.checkpoints / "tokenizer")
     trainer = Trainer(
         config,
         topology,

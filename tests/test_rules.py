@@ -24,7 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 # Room → what it may import from outside, beside the standard library; the two rooms that are not here may import all.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "comm": ("torch", "psutil", "cupy"),
-    "modules": ("torch", "safetensors", "transformers", "numpy"),
+    "modules": ("torch", "safetensors", "transformers", "numpy", "tokenizers", "sentencepiece", "google"),
     "pipeline": ("torch",),
 }
 # Room → the only files outside it, but for tests and benchmarks, that may import it.
@@ -33,7 +33,7 @@ ENTRY_SCRIPTS = {
     "converters": ("converters/convert_*.py", "__main__.py"),
 }
 # Imported where they are used, never because a room's file was imported.
-HEAVY = ("wandb", "transformers", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
+HEAVY = ("wandb", "transformers", "sentencepiece", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
 
 
 class Import(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,55 +73,6 @@ def test_a_token_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     make_model(tmp_path)
     with pytest.raises(ConfigError, match=r"--eos yes, but the tokenizer .* has no eos token"):
         Vocabulary(Config(tokenizer_name=str(tmp_path), eos="yes"))
-
-
-@pytest.mark.parametrize("name", ["./none", "/none/tok", "~/tok", "org/name/more", "{here}/none", "{here}/a.txt"])
-def test_a_path_that_is_not_there_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def asked(*_: object) -> None:
-        raise AssertionError("the hub was asked")
-
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "a.txt").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked)
-    with pytest.raises(ConfigError, match=r"--tokenizer-name \S+: no such folder$"):
-        Vocabulary(Config(tokenizer_name=name.format(here="here")))
-
-
-@pytest.mark.parametrize("name", ["org/name", "gpt2"])
-def test_a_name_that_the_hub_does_not_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    """One line, and none of the attempts."""
-
-    def asked(*_: object) -> None:
-        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
-        raise OSError("We couldn't connect to the hub\nmore")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked)
-    with pytest.raises(ConfigError) as caught:
-        Vocabulary(Config(tokenizer_name=name))
-    assert str(caught.value) == (
-        f"--tokenizer-name {name}: no such folder here, and the hub does not give it: OSError: We couldn't connect to "
-        "the hub"
-    )
-    assert caplog.text == ""
-    logging.getLogger("huggingface_hub.utils._http").error("told again")
-    assert "told again" in caplog.text
-
-
-@pytest.mark.parametrize("family", ["gptneox", "gptj"])
-def test_a_folder_without_a_tokenizer(tmp_path: Path, family: str) -> None:
-    """transformers makes one of config.json alone, which knows no text."""
-    make_model(tmp_path, family)
-    for file in tmp_path.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ConfigError, match="no tokenizer there"):
-        Vocabulary(Config(model_name=str(tmp_path), eos="yes"))
-    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
-    with pytest.raises(ConfigError, match="no tokenizer there"):
-        Vocabulary(Config(model_name=str(tmp_path)))
 
 
 def test_a_tokenizer_with_holes_in_its_ids(tmp_path: Path) -> None:
