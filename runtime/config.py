@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from .old_flags import INERT, INSTEAD, REFUSED
 
 
 class ConfigError(ValueError):
@@ -196,8 +199,9 @@ class WatchFlags:
     )
     profiling: str = _flag(
         "no-profiling",
-        "tidy_profiling writes one Chrome/Perfetto trace of all ranks and a picture of one step",
-        choices=("no-profiling", "tidy_profiling"),
+        "tidy_profiling writes one Chrome/Perfetto trace of all ranks and a picture of one step; pytorch_profiling "
+        "torch's own, of rank 0 over a few updates",
+        choices=("no-profiling", "tidy_profiling", "pytorch_profiling"),
     )
     debug: bool = _flag(False, "show tracebacks", agree=False)
 
@@ -224,12 +228,6 @@ GROUPS = (
 LOG_BACKENDS = ("print", "wandb", "tensorboard")
 SWITCHES = {"bf16", "fp16", "use_offload", "debug", "as_test", "document_mask", "check"}
 """Flags that stand alone; other booleans take true or false, as scripts have always passed them."""
-
-INERT = (
-    "--train-warmup-steps", "--job-id", "--num-iters", "--train-data", "--valid-data", "--tokenizer-type",
-    "--vocab-file", "--vocab-extra-ids", "--make-vocab-size-divisible-by", "--trace-postfix",
-)  # fmt: skip
-"""Flags that launch scripts of this lineage pass and nothing ever read."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +266,8 @@ class Config(
 
     @property
     def log_backends(self) -> list[str]:
-        return list(dict.fromkeys(name.strip() for name in self.train_log_backend.split(",")))
+        names = (name.strip() for name in self.train_log_backend.split(","))
+        return list(dict.fromkeys("print" if name == "loguru" else name for name in names))
 
     @property
     def checkpoints(self) -> Path:
@@ -296,6 +295,17 @@ def _bool(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _int(text: str) -> int:
+    """A whole number; 1000.0 is one, as scripts of flags that were floats have it."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(number)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:  # noqa: ANN401 - never returns
         raise ConfigError(message)
@@ -309,8 +319,8 @@ def flag_options(f: Field[Any], kind: type | None = None) -> dict[str, Any]:
     if f.name in SWITCHES:
         options["action"] = "store_true"
     else:
-        options["type"] = _bool if kind is bool else kind
         options["choices"] = f.metadata["choices"] or None
+        options["type"] = str.lower if options["choices"] else {bool: _bool, int: _int}.get(kind, kind)
         options["metavar"] = None if options["choices"] else _METAVARS[kind]
         if "[" not in help and f.default != "":
             help += f" [{str(f.default).lower() if kind is bool else f.default}]"
@@ -332,6 +342,8 @@ def parser() -> argparse.ArgumentParser:
         types = get_type_hints(group)
         for f in fields(group):
             section.add_argument(f"--{dash(f.name)}", **flag_options(f, types[f.name]))
+    for name in INERT:
+        made.add_argument(name, nargs="*", help=argparse.SUPPRESS)
     return made
 
 
@@ -341,20 +353,28 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
     Raises `ConfigError` for an unknown flag or an unreadable value.
     """
     known, rest = parser().parse_known_args(list(argv))
-    notices = []
-    position = 0
-    while position < len(rest):
-        name = rest[position].split("=")[0]
-        has_value = "=" not in rest[position] and position + 1 < len(rest) and not rest[position + 1].startswith("--")
-        if name not in INERT:
-            near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1, 0.75)
-            hint = f": is it {near[0]}?" if near else ""
-            raise ConfigError(f"unknown flag {rest[position]}{hint}; dist_train.py --help lists all of them")
-        notices.append(f"{name} has no effect and is ignored")
-        position += 2 if has_value else 1
+    if rest:
+        raise ConfigError(_unknown(rest[0]))
     values = vars(known)
+    notices = []
+    for name in INERT:
+        if values.pop(name.removeprefix("--").replace("-", "_")) is not None:
+            notices.append(f"{name} has no effect and is ignored")
+    for stays, goes in INSTEAD:
+        if values[stays] and values[goes] > 0:
+            notices.append(f"--{dash(stays)} {values[stays]} is given: --{dash(goes)} {values[goes]} has no effect")
+            values[goes] = 0
     values.update(_from_launcher(known, os.environ if environ is None else environ))
     return Config(**values), notices
+
+
+def _unknown(word: str) -> str:
+    name = word.split("=")[0]
+    if name in REFUSED:
+        return f"{name}: {REFUSED[name]}"
+    near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1, 0.75)
+    hint = f": is it {near[0]}?" if near else ""
+    return f"unknown flag {word}{hint}; dist_train.py --help lists all of them"
 
 
 def grid_only(argv: Sequence[str]) -> Config | None:

@@ -60,6 +60,7 @@ from .prepare import (
 )
 from .profiling import Profile
 from .tasks import DataError
+from .torch_profile import TorchProfile
 from .trainer import STOPPED, Diverged, Trainer, Vote
 from .usage import Usage
 from .wiring import connect
@@ -262,6 +263,9 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
 
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
     feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
+    torchs = None
+    if config.profiling == "pytorch_profiling" and config.rank == 0:
+        torchs = TorchProfile(config.checkpoints / "traces", device, config.updates - progress.updates)
     tokenizer = Path(config.tokenizer_name or config.model_name)
     vote = Vote(wires.world, wires.collectives, config.wire_timeout)
     evaluation = None
@@ -291,6 +295,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         evaluate=evaluation.loss if evaluation is not None else None,
         scaler=LossScaler.of(config, progress.scaler),
         usage=Usage(meter, device, topology),
+        profiled=torchs.step if torchs is not None else None,
     )
     if config.rank == 0:
         log.info("training starts %.1f s after the process was started", time.time() - born)
@@ -302,6 +307,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
             "--initial-loss-scale (or --loss-scale)"
         )
     feed.close()
+    if torchs is not None:
+        torchs.close()
     if profile is not None:
         trainer.executor.watch.settle()
         profile.write(config.checkpoints / "traces")

@@ -90,7 +90,7 @@ class Trainer:
 
     `borrowed` is the gradient that another stage counts; `save` writes a checkpoint; `metrics` is rank 0's alone;
     `evaluate` takes the number of updates done and gives the held-out loss; `usage` adds to the metrics how the
-    machines are used.
+    machines are used; `profiled` is told that an update is done.
     """
 
     config: Config
@@ -110,6 +110,7 @@ class Trainer:
     evaluate: Callable[[int], float] | None = None
     scaler: LossScaler | None = None
     usage: Usage | None = None
+    profiled: Callable[[], None] | None = None
 
     def run(self, progress: Progress) -> tuple[Progress, str]:
         """Train from `progress` on. Returns where the run stands at its end, and why that came before its last update,
@@ -174,6 +175,8 @@ class Trainer:
             # The best so far is always saved. What was evaluated and what is saved are the same weights.
             if saves(c, progress.step) or reason or progress.best_step == progress.step:
                 self.save(progress)
+            if self.profiled is not None:
+                self.profiled()
             if reason and update + 1 < c.updates:
                 return progress, reason
         return progress, ""

@@ -72,7 +72,6 @@ def validate(config: Config) -> None:
     )
     refuse(not c.checkpoint_path, "--checkpoint-path is needed: the folder where the trained model is saved")
     refuse(c.nepochs < 0, f"--nepochs {c.nepochs} must not be negative")
-    refuse(c.nepochs and c.total_steps, "--nepochs and --total-steps both say how long the run is: give one")
     refuse(
         c.total_steps < 1 and not c.nepochs,
         "--total-steps is needed: accumulation steps of the whole run (or --nepochs)",
@@ -128,7 +127,6 @@ def validate_length(c: Config) -> None:
 def _validate_checkpoints(c: Config, refuse: Callable[[object, str], None]) -> None:
     for name in ("num_checkpoints", "load_step"):
         refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
-    refuse(c.num_checkpoints and c.checkpoint_steps, "--num-checkpoints and --checkpoint-steps: give one")
     refuse(
         c.keep_checkpoints < 1 and c.keep_checkpoints != -1,
         f"--keep-checkpoints {c.keep_checkpoints} must be at least 1, or -1 to keep all",

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from farspan.runtime.config import GROUPS, INERT
+from farspan.runtime.config import GROUPS
 
 REPO = Path(__file__).resolve().parents[1]
 STATED = r" \[([^\[]*)\]$"
@@ -31,12 +31,6 @@ def flag_table() -> str:
 
 def test_the_flag_table_is_the_flags() -> None:
     assert flag_table() in (REPO / "README.md").read_text()
-
-
-def test_flags_without_effect_are_told() -> None:
-    text = (REPO / "README.md").read_text()
-    for name in INERT:
-        assert f"`{name}`" in text
 
 
 def test_the_files_that_the_readme_names_exist() -> None:

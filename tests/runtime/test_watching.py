@@ -291,6 +291,17 @@ def test_without_matplotlib_there_is_a_trace_and_a_notice(
     assert not (tmp_path / "ck" / "traces" / "step.png").exists()
 
 
+def test_torchs_profiler_around_a_few_updates_of_one_rank(flags: Flags, tmp_path: Path) -> None:
+    with Run(2, 1, flags(profiling="pytorch_profiling")) as run:
+        run.succeed()
+    path = tmp_path / "ck" / "traces" / "pytorch.json"
+    assert list(path.parent.iterdir()) == [path]
+    assert f"torch's profile of rank 0: {path}" in run.err(0)
+    names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
+    assert {name for name in names if name.startswith("ProfilerStep")} == {f"ProfilerStep#{n}" for n in (2, 3, 4)}
+    assert any(name.startswith("aten::") for name in names)
+
+
 def test_messages_travel_while_the_stages_compute(flags: Flags, tmp_path: Path) -> None:
     """Receives are posted on a lane of their own before what is computed without them has ended. Not each of them is
     seen there in time: a machine that is busy wakes the lane late."""
