@@ -74,6 +74,10 @@ class RendezvousError(WireError):
     """The ranks could not meet: port taken, master not reached, a rank that never came."""
 
 
+class Occupied(RendezvousError):
+    """Another program, or another run, has the port of the rendezvous."""
+
+
 class StoreLost(WireError):
     """The connection to rank 0's store is gone, and with it, most likely, rank 0."""
 
@@ -88,6 +92,10 @@ class Intruder(WireError):
 
 class RemoteFailure(WireError):
     """Another rank failed first; carries that rank's own line."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended this rank; nothing failed."""
 
 
 def line_of(rank: int, error: BaseException) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import psutil
 
-from .errors import InterfaceError, PeerLost, PeerSilent, RemoteFailure, StoreLost, line_of
+from .errors import InterfaceError, PeerLost, PeerSilent, RemoteFailure, Stopped, StoreLost, line_of
 from .interfaces import interface, interfaces
 from .neighbours import Connection, Neighbours, connecting_to, endpoint, host_of
 from .store import GONE, StoreClient
@@ -64,6 +64,8 @@ class Liveness:
         self._answered = time.monotonic()
         self._lock = threading.Lock()
         self._cause: str | None = None
+        self.stopped = False
+        """Whether the first cause is a signal, and no failure."""
         self._lost: int | None = None
         self._deaf = self._leaving = False
         self._stop = threading.Event()
@@ -85,12 +87,13 @@ class Liveness:
                 with self._lock:
                     # Who is silent on one connection may still hear rank 0, which must then wait for it.
                     lost = error.peer if isinstance(error, PeerLost) and not isinstance(error, PeerSilent) else None
-                    mine = {"rank": self.rank, "line": line, "lost": lost}
+                    mine = {"rank": self.rank, "line": line, "lost": lost, "stopped": isinstance(error, Stopped)}
                     first = self._store.compare_set(_FAILURE, "", json.dumps(mine))
                 self._learn(first)
             except (StoreLost, TimeoutError) as trouble:
                 # With the store gone, a broken connection has one explanation; any other error explains itself.
                 broken = isinstance(error, (PeerLost, StoreLost))
+                self.stopped = self._cause is None and isinstance(error, Stopped)
                 self._cause = self._cause or (self._master_lost(trouble) if broken else line)
         return self._cause or line_of(self.rank, error)
 
@@ -120,7 +123,7 @@ class Liveness:
 
     def _learn(self, text: bytes) -> None:
         failure = json.loads(text)
-        line, self._lost = failure["line"], failure["lost"]
+        line, self._lost, self.stopped = failure["line"], failure["lost"], failure["stopped"]
         if failure["rank"] != self.rank:
             line = f"rank {self.rank}: stopping with the others. First cause: {line}"
         self._cause = self._cause or line

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import Mismatch, RemoteFailure, RendezvousError
+from .errors import Mismatch, Occupied, RemoteFailure, RendezvousError
 from .interfaces import Interface, interfaces
 from .lane import ThreadLane
 from .liveness import Liveness
@@ -19,13 +19,13 @@ from .store_server import StoreServer
 
 
 def parse_url(url: str) -> tuple[str, int]:
-    """`tcp://host:port` → (host, port). Raises `RendezvousError`."""
+    """`tcp://host:port` → (host, port); port 0 is for a run of one rank. Raises `RendezvousError`."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if not host or not port or parts.scheme != "tcp":
+    if not host or port is None or parts.scheme != "tcp":
         raise RendezvousError(f"--dist-url must look like tcp://host:port, with rank 0's host; got {url!r}")
     return host, port
 
@@ -55,12 +55,15 @@ class Rendezvous:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._met = False
         host, port = parse_url(url)
+        if port == 0 and world > 1:
+            raise RendezvousError(f"--dist-url {url} names no port: give one that is free on rank 0's host")
         self.where = f"{host}:{port}"
         self._secret = secret
         self._server: StoreServer | None = None
         if rank == 0:
             host = self._own_address(host, leave_by)
             self._server = self._serve(host, port, secret)
+            port = self._server.port
         # Two connections, made at once, since each takes three round trips: heartbeats must not wait behind anything.
         dialling = ThreadLane("dialling")
         watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
@@ -166,7 +169,8 @@ class Rendezvous:
         try:
             return StoreServer(address, port, secret)
         except OSError as error:
-            reason = "the port is in use" if error.errno == errno.EADDRINUSE else str(error.strerror)
-            raise RendezvousError(
-                f"rank 0 cannot serve the rendezvous at {self.where}: {reason}; choose another port in --dist-url"
+            taken = error.errno == errno.EADDRINUSE
+            raise (Occupied if taken else RendezvousError)(
+                f"rank 0 cannot serve the rendezvous at {self.where}: "
+                f"{'the port is in use' if taken else error.strerror}; choose another port in --dist-url"
             ) from error

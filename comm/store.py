@@ -34,7 +34,7 @@ from datetime import timedelta
 
 from torch.distributed import Store
 
-from .errors import RendezvousError, StoreLost
+from .errors import Occupied, RendezvousError, StoreLost
 from .interfaces import Interface, connect_from
 
 GREETING = b"farspan store 1\n"
@@ -114,7 +114,7 @@ class StoreClient(Store):
 
     def _dial(self, host: str, port: int, via: Interface | None, secret: bytes) -> socket.socket:
         deadline, told = time.monotonic() + self._timeout_s, False
-        stranger = RendezvousError(
+        stranger = Occupied(
             f"rank {self._rank}: {self.where} does not answer as farspan's rank 0 does, or has another secret "
             "(--secret-file); is another program, or another run, at --dist-url?"
         )

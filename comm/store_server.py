@@ -52,6 +52,7 @@ class StoreServer:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listening = socket.create_server((address, port), family=family, backlog=1024)
         self._listening.setblocking(False)
+        self.port: int = self._listening.getsockname()[1]
         self._loop = asyncio.new_event_loop()
         self._accepting = self._loop.create_task(self._accept())
         self._thread = threading.Thread(target=self._loop.run_forever, name="store", daemon=True)

@@ -13,6 +13,9 @@
 #
 # Ctrl-C, SIGTERM and a lost terminal (SIGHUP) reach all ranks as one SIGTERM: they finish the step, save and leave.
 # A second Ctrl-C kills them. Where a rank fails, the others are given time to say so and leave, then they are ended.
+#
+# Returns the status of the first rank that failed; 75 for a run that was stopped, whoever stopped it, and that the same
+# command goes on with; 0 for one that is finished (docs/many-hosts.md).
 
 farspan_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 farspan_ranks=() # rank -> its process
@@ -59,7 +62,7 @@ farspan_tell_failure() { # RANK STATUS
 
 farspan_launch() {
     local world=$((STAGES * REPLICAS)) first=${FIRST_RANK:-0} python=${PYTHON:-} gpus here rank status
-    local failed='' deadline=0
+    local failed='' halted='' unclean='' deadline=0
     gpus=$(farspan_gpus)
     here=$((world - first))
     ((gpus > 0 && gpus < here)) && here=$gpus
@@ -108,10 +111,16 @@ farspan_launch() {
             status=0
             wait "${farspan_ranks[rank]}" || status=$?
             unset "farspan_ranks[rank]"
-            if ((status != 0)) && [ -z "$failed$farspan_stopped" ]; then
-                failed=$status deadline=$((SECONDS + 30))
+            ((status == 0)) && continue
+            if ((status == 75)); then
+                halted=yes
+            elif [ -n "$farspan_stopped" ]; then
+                unclean=yes
+            elif [ -z "$failed" ]; then
+                failed=$status
                 farspan_tell_failure "$rank" "$status"
             fi
+            ((deadline > 0)) || [ -n "$farspan_stopped" ] || deadline=$((SECONDS + 30))
         done
         if ((deadline > 0 && SECONDS >= deadline + 10)); then
             farspan_kill KILL
@@ -121,6 +130,7 @@ farspan_launch() {
         sleep 0.3 || true
     done
     trap - INT TERM HUP EXIT
-    [ -z "$farspan_stopped" ] || return $((128 + $(kill -l "$farspan_stopped")))
-    return "${failed:-0}"
+    [ -z "$failed" ] || return "$failed"
+    [ -z "$unclean" ] || return $((128 + $(kill -l "$farspan_stopped")))
+    [ -z "$halted" ] || return 75
 }

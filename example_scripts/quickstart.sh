@@ -70,7 +70,7 @@ else
         --task-name "$dir/corpus/docstrings.jsonl:0.6,$dir/corpus/source.jsonl:0.4" \
         --checkpoint-path "$dir/checkpoints" --checkpoint-steps 100 --total-steps "$steps" --warmup-steps $((steps < 10 ? steps : 10)) \
         --lr 3e-3 --seq-length 128 --batch-size 4 --micro-batch-size 2 --use-cuda false || status=$?
-    if [ -n "$farspan_stopped" ]; then
+    if ((status == 75)) || { ((status != 0)) && [ -n "$farspan_stopped" ]; }; then
         echo "stopped; the same command goes on from the last checkpoint in $dir/checkpoints" >&2
     fi
     ((status == 0)) || exit "$status"

@@ -49,9 +49,11 @@ class _Reader:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank. Returns the exit status; a rank that fails ends its process on the way."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stderr = cast(TextIO, _Reader(sys.stderr))
+    if not isinstance(sys.stderr, _Reader):
+        sys.stderr = cast(TextIO, _Reader(sys.stderr))
     log.setLevel(logging.INFO)
-    log.addHandler(_Handler())
+    if not log.handlers:  # a notebook may call this again
+        log.addHandler(_Handler())
     config = None
     try:
         config, notices = parse(argv)
@@ -67,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse(error: ConfigError, config: Config | None) -> int:
     """Say what is wrong with the flags, here and to the other ranks, which may be waiting for this one."""
-    known = config is not None and config.rank >= 0
-    sys.stderr.write(f"farspan: rank {config.rank}: {error}\n" if config and known else f"farspan: {error}\n")
+    one_of_many = config is not None and config.rank >= 0 and config.world_size > 1
+    sys.stderr.write(f"farspan: rank {config.rank}: {error}\n" if config and one_of_many else f"farspan: {error}\n")
     sys.stderr.flush()
-    if config and known and config.world_size > 1 and config.dist_url:
+    if config and one_of_many and config.dist_url:
         from .train import tell
 
         tell(error, config)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .errors import ConfigError
+from .launcher import from_launcher
 from .old_flags import INERT, INSTEAD, REFUSED
-
-
-class ConfigError(ValueError):
-    """A flag that cannot be; the message names it and says what would do."""
 
 
 def _flag(default: Any, help: str, *, choices: Sequence[str] = (), agree: bool = True) -> Any:  # noqa: ANN401
@@ -52,10 +49,14 @@ class GridFlags:
     """processes and network"""
 
     dist_url: str = _flag(
-        "", "tcp://host:port of rank 0, the same for all ranks [MASTER_ADDR, MASTER_PORT]", agree=False
+        "",
+        "tcp://host:port of rank 0, the same for all ranks [MASTER_ADDR and MASTER_PORT, or Slurm's first host]",
+        agree=False,
     )
-    rank: int = _flag(-1, "this process's number, 0 … world-size − 1 [RANK or SLURM_PROCID]", agree=False)
-    world_size: int = _flag(0, "processes of all pipelines [WORLD_SIZE or SLURM_NTASKS, else P × D]")
+    rank: int = _flag(
+        -1, "this process's number, 0 … world-size − 1 [the launcher's, or 0 for a run of one]", agree=False
+    )
+    world_size: int = _flag(0, "processes of all pipelines [the launcher's, else P × D]")
     pipeline_group_size: int = _flag(1, "P: stages of each pipeline")
     data_group_size: int = _flag(1, "D: pipelines (replicas) side by side")
     net_interface: str = _flag(
@@ -64,7 +65,9 @@ class GridFlags:
     use_cuda: str = _flag(
         "", "compute on the CUDA device [true where there is one]", choices=("true", "false"), agree=False
     )
-    cuda_id: int = _flag(0, "number of the CUDA device [LOCAL_RANK or SLURM_LOCALID]", agree=False)
+    cuda_id: int = _flag(
+        -1, "number of the CUDA device [the launcher's local rank; 0 where one is visible]", agree=False
+    )
     dist_backend: str = _flag(
         "gloo", "what carries activations between stages; cupy_nccl is nccl", choices=("gloo", "nccl", "cupy_nccl")
     )
@@ -333,7 +336,7 @@ def parser() -> argparse.ArgumentParser:
         usage="dist_train.py --model-name DIR --task-name a.jsonl --checkpoint-path DIR --total-steps N\n"
         "                     --dist-url tcp://HOST:PORT --rank R [flags]",
         description="Fine-tune a GPT-J, GPT-NeoX or Llama model. Start one process a GPU, each with its own --rank.",
-        epilog="Defaults stand in brackets. torchrun's or Slurm's environment gives rank, world size and master. "
+        epilog="Defaults stand in brackets. What torchrun, srun or mpirun says in the environment need not be said. "
         "README.md has examples.",
         allow_abbrev=False,
     )
@@ -364,7 +367,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
         if values[stays] and values[goes] > 0:
             notices.append(f"--{dash(stays)} {values[stays]} is given: --{dash(goes)} {values[goes]} has no effect")
             values[goes] = 0
-    values.update(_from_launcher(known, os.environ if environ is None else environ))
+    values.update(from_launcher(known, os.environ if environ is None else environ))
     return Config(**values), notices
 
 
@@ -386,42 +389,6 @@ def grid_only(argv: Sequence[str]) -> Config | None:
         reader.add_argument(name, type=int, default=1)
     try:
         known, _ = reader.parse_known_args(list(argv))
-        return Config(**{**vars(known), **_from_launcher(argparse.Namespace(cuda_id=0, **vars(known)), os.environ)})
+        return Config(**{**vars(known), **from_launcher(known, os.environ)})
     except (ConfigError, ValueError):
         return None
-
-
-def _from_launcher(told: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
-    """Rank, world size, master and device of torchrun or Slurm, where the flags are absent."""
-    found: dict[str, Any] = {}
-    torchrun, slurm = "RANK" in env and "WORLD_SIZE" in env, "SLURM_PROCID" in env
-    if told.rank < 0 and (torchrun or slurm):
-        found["rank"] = _number(env, "RANK" if torchrun else "SLURM_PROCID")
-        local = "LOCAL_RANK" if torchrun else "SLURM_LOCALID"
-        if told.cuda_id == 0 and local in env:
-            found["cuda_id"] = _number(env, local)
-    if not told.world_size:
-        size = "WORLD_SIZE" if torchrun else "SLURM_NTASKS" if slurm and "SLURM_NTASKS" in env else ""
-        found["world_size"] = _number(env, size) if size else told.pipeline_group_size * told.data_group_size
-    if not told.dist_url:
-        if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-            # torchrun's own agent listens on MASTER_PORT itself.
-            port = _number(env, "MASTER_PORT") + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-            found["dist_url"] = f"tcp://{env['MASTER_ADDR']}:{port}"
-        elif slurm and (nodes := env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST"))):
-            job = _number(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
-            found["dist_url"] = f"tcp://{first_host(nodes)}:{20000 + job % 20000}"
-    return found
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
-        raise ConfigError(f"the environment's {name}={env[name]} is no number: unset or mend it") from None
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: `n[03-05,9],m1` → `n03`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return "".join(filter(None, match.groups())) if match else nodes

@@ -28,6 +28,7 @@ from ..pipeline.stage import Stage
 from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
+from .launcher import local_rank
 from .milestones import mean_epoch, steps_of_epochs
 from .network import Network
 from .optim import Optimizer
@@ -123,9 +124,14 @@ def pick_device(config: Config, network: Network) -> torch.device:
         raise ConfigError("--use-cuda true, but torch sees no CUDA device here")
     if config.use_cuda == "false" or not available:
         return torch.device("cpu")
-    if config.cuda_id >= torch.cuda.device_count():
-        raise ConfigError(f"--cuda-id {config.cuda_id}: this machine has {torch.cuda.device_count()} CUDA devices")
-    device = torch.device("cuda", config.cuda_id)
+    count, number = torch.cuda.device_count(), config.cuda_id
+    if number < 0:  # a launcher that binds one device to each process shows it that one, as device 0
+        number = local_rank(os.environ) if count > 1 else 0
+    if number >= count:
+        raise ConfigError(
+            f"--cuda-id {number}: this process sees {count} CUDA device{'s' if count > 1 else ''}, from 0 on"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -6,16 +6,18 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from ..comm.errors import InterfaceError, WireError, line_of
+from ..comm.errors import InterfaceError, Occupied, Stopped, WireError, line_of
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
@@ -35,6 +37,7 @@ from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder
 from .config import Config, ConfigError
 from .evaluate import Evaluation, open_held_out
 from .feed import Feed
+from .launcher import port_advice
 from .metrics import Metrics
 from .milestones import compared_on, enough, perplexity
 from .network import Network, find_network
@@ -79,21 +82,37 @@ EXPECTED = (
 )
 """Errors whose message is the whole story."""
 
+RESUMABLE = os.EX_TEMPFAIL
+"""The exit status of a run that a signal ended before its last step: the same command goes on with it."""
+
 log = logging.getLogger("farspan")
 
 
-class Stopped(RuntimeError):
-    """A signal came before the first step."""
-
-
 class Signals:
-    """SIGINT and SIGTERM: once means finish the step, save and leave; before training, leave at once."""
+    """SIGINT and SIGTERM: once means finish the step, save and leave; before training, leave at once.
+
+    Only the main thread can have a say in signals: where a run is in another (Ray Train has it there), the program
+    around it keeps its own.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self.training = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def take(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+
+    def ignore(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        """Leave them as they were: a notebook goes on when the run has ended."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -107,12 +126,13 @@ class Signals:
 
 
 def run(config: Config) -> int:
-    """Run one rank whose flags are good. Returns 0; a rank that fails ends its process here: threads that are stuck in
-    the wire must not keep it, so nothing is torn down."""
-    meeting = None
+    """Run one rank whose flags are good. Returns 0, or `RESUMABLE` where a signal ended the training; a rank that fails
+    ends its process here: threads that are stuck in the wire must not keep it, so nothing is torn down."""
+    meeting, status = None, 0
     allow_descriptors()
+    signals = Signals()
     try:
-        signals = Signals()
+        signals.take()
         try:
             network = find_network(config)
         except InterfaceError as error:
@@ -122,12 +142,13 @@ def run(config: Config) -> int:
         if config.check:
             check(config, meeting, network)
         else:
-            train(config, meeting, signals, network)
+            status = train(config, meeting, signals, network)
         meeting.close()
-        return 0
+        signals.restore()
+        return status
     except Exception as error:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it ends, once the others know why
+        signals.ignore()  # it ends, once the others know why
+        status = RESUMABLE if isinstance(error, Stopped) else 1
         if config.debug:
             traceback.print_exc()
         if isinstance(error, OSError) and error.filename:
@@ -139,8 +160,9 @@ def run(config: Config) -> int:
                 say(line_of(config.rank, error))
             else:
                 meeting.failed(error, say)
+                status = RESUMABLE if meeting.liveness.stopped else 1
         finally:
-            os._exit(1)
+            os._exit(status)
 
 
 def meet(config: Config, timeout_s: float, network: Network | None = None) -> Rendezvous:
@@ -153,17 +175,20 @@ def meet(config: Config, timeout_s: float, network: Network | None = None) -> Re
             raise ConfigError(f"--secret-file {config.secret_file}: {error.strerror}") from error
         if not secret:
             raise ConfigError(f"--secret-file {config.secret_file} is empty")
-    return Rendezvous(
-        config.dist_url,
-        config.rank,
-        config.world_size,
-        timeout_s=timeout_s,
-        on_hopeless=leave,
-        secret=secret,
-        via=network.wire if network is not None else None,
-        leave_by=network.wire if network is not None and network.named else None,
-        heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
-    )
+    try:
+        return Rendezvous(
+            config.dist_url,
+            config.rank,
+            config.world_size,
+            timeout_s=timeout_s,
+            on_hopeless=leave,
+            secret=secret,
+            via=network.wire if network is not None else None,
+            leave_by=network.wire if network is not None and network.named else None,
+            heartbeat_s=(config.heartbeat_period, config.heartbeat_patience),
+        )
+    except Occupied as error:
+        raise Occupied(f"{error}{port_advice(config.dist_url, os.environ)}") from error
 
 
 def tell(error: Exception, config: Config) -> None:
@@ -189,8 +214,8 @@ def leave(line: str) -> None:
         os._exit(1)
 
 
-def train(config: Config, meeting: Rendezvous, signals: Signals, network: Network) -> None:
-    """Everything between the meeting of the ranks and their parting."""
+def train(config: Config, meeting: Rendezvous, signals: Signals, network: Network) -> int:
+    """Everything between the meeting of the ranks and their parting. Returns the exit status."""
     born = psutil.Process().create_time()
     topology = Topology(config.data_group_size, config.pipeline_group_size)
     place = topology.coord(config.rank)
@@ -235,14 +260,14 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if reason := enough(config, progress):
         if config.rank == 0:
             log.info("%s: nothing to do: %s", folder_of(config.checkpoints, progress.step), reason)
-        return
+        return 0
     if progress.step >= config.total_steps:
         if config.rank == 0:
             log.info(
                 "%s is at or past --total-steps %d: nothing to do",
                 folder_of(config.checkpoints, progress.step), config.total_steps,
             )  # fmt: skip
-        return
+        return 0
 
     if "nccl" in (config.pp_library, config.dp_library):
         rows, length = config.micro_batch_size, config.seq_length
@@ -320,6 +345,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         _summary(progress, early, metrics, config)
     if config.as_test and not early:
         _end_test(progress, config, meeting)
+    return RESUMABLE if early == STOPPED else 0
 
 
 def _save(

@@ -22,8 +22,8 @@ def validate(config: Config) -> None:
         refuse(isinstance(value, float) and not isfinite(value), f"--{dash(f.name)} {value} must be a finite number")
     grid = c.pipeline_group_size * c.data_group_size
     refuse(not c.model_name, "--model-name is needed: a folder of layer shards, or a Hugging Face folder")
-    refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun or srun)")
-    refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun or srun)")
+    refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun, srun or mpirun)")
+    refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun, srun or mpirun)")
     for name in (
         "pipeline_group_size", "data_group_size", "seq_length", "batch_size", "micro_batch_size",
         "gradient_accumulate_step", "pp_ahead", "loss_scale_window", "hysteresis",
@@ -31,9 +31,10 @@ def validate(config: Config) -> None:
         refuse(getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be at least 1")
     for name in (
         "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
-        "loss_scale", "data_workers", "cuda_id",
+        "loss_scale", "data_workers",
     ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
+    refuse(c.cuda_id < -1, f"--cuda-id {c.cuda_id} must not be negative")
     refuse(
         c.world_size != grid,
         f"--world-size {c.world_size} is not --pipeline-group-size {c.pipeline_group_size} × "

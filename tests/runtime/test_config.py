@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 
 import pytest
-from farspan.runtime.config import Config, ConfigError, first_host, parse, parser
+from farspan.runtime.config import Config, ConfigError, parse, parser
 from farspan.runtime.validation import validate
 
 GOOD = [
@@ -134,54 +134,6 @@ def test_only_rank_0_needs_tasks() -> None:
     at = GOOD.index("--task-name")
     made, _ = parse([*GOOD[:at], *GOOD[at + 2 :]], {})
     validate(made)
-
-
-def without(*names: str) -> list[str]:
-    words = list(GOOD)
-    for name in names:
-        at = words.index(name)
-        del words[at : at + 2]
-    return words
-
-
-def test_torchrun_fills_in() -> None:
-    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    made, _ = parse(without("--rank", "--world-size", "--dist-url"), env)
-    assert (made.rank, made.world_size, made.cuda_id, made.dist_url) == (3, 4, 1, "tcp://10.0.0.1:29500")
-    agent, _ = parse(without("--dist-url"), {**env, "TORCHELASTIC_USE_AGENT_STORE": "True"})
-    assert agent.dist_url == "tcp://10.0.0.1:29501"
-    assert agent.rank == 1  # a flag wins
-
-
-def test_an_environment_that_cannot_be_read_is_named() -> None:
-    for env, name in (
-        ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
-    ):
-        with pytest.raises(ConfigError, match=f"the environment's {name} is no number"):
-            parse(without("--rank", "--world-size", "--dist-url"), env)
-
-
-def test_a_slurm_job_of_one_process_says_nothing_of_its_size() -> None:
-    made, _ = parse(without("--world-size"), {"SLURM_PROCID": "0"})
-    assert made.world_size == made.pipeline_group_size * made.data_group_size
-
-
-def test_slurm_fills_in() -> None:
-    env = {
-        "SLURM_PROCID": "2",
-        "SLURM_NTASKS": "4",
-        "SLURM_LOCALID": "0",
-        "SLURM_JOB_NODELIST": "n[03-05,9],m1",
-        "SLURM_JOB_ID": "41",
-    }
-    made, _ = parse(without("--rank", "--world-size", "--dist-url"), env)
-    assert (made.rank, made.world_size, made.dist_url) == (2, 4, "tcp://n03:20041")
-
-
-@pytest.mark.parametrize(("nodes", "first"), [("n1", "n1"), ("n[1-3]", "n1"), ("a-b[07,9]", "a-b07"), ("x,y", "x")])
-def test_first_host(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
 
 
 def test_help_teaches_every_flag() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from farspan.converters.hf import import_hf
-from launch import Ended, Run
+from launch import RESUMABLE, Ended, Run
 from tiny import make_model
 
 Flags = Callable[..., dict[str, Any]]
@@ -99,7 +99,7 @@ def test_a_second_interrupt_while_waiting_for_others(flags: Flags) -> None:
                 break
         run.signal(0, signal.SIGINT)
         ended = run.wait(30)[0]
-    assert ended.code == 1
+    assert ended.code == RESUMABLE
     assert "Traceback" not in ended.err
     assert ended.err.count("stopped by SIGINT before the first step") == 1, ended.err
 

@@ -15,7 +15,7 @@ from farspan.converters.hf import import_hf
 from farspan.runtime.checkpoint import MANIFEST, CheckpointError, Progress, problem
 from farspan.runtime.config import Config
 from farspan.runtime.prepare import same_optimizer
-from launch import Run, read_metrics
+from launch import RESUMABLE, Run, read_metrics
 from safetensors.torch import load_file
 from tiny import make_model
 from transformers import AutoModelForCausalLM
@@ -149,7 +149,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(flags: Flags, tmp_path: Path, n
     with Run(2, 1, long) as run:
         run.wait_for_step(5)
         run.signal(told, signal.Signals(number))
-        run.succeed(30)
+        run.succeed(30, status=RESUMABLE)
     step = int((tmp_path / "ck" / "latest").read_text())
     assert step >= 5
     assert read_metrics(tmp_path / "ck")[-1]["step"] == step

@@ -20,7 +20,7 @@ from farspan.runtime.prepare import open_vocabulary
 from farspan.runtime.task_spec import DataError, TaskSpec
 from farspan.runtime.tasks import TaskMixture
 from farspan.runtime.tokenizer import Vocabulary, unescape
-from launch import Run, read_metrics
+from launch import RESUMABLE, Run, read_metrics
 from safetensors.torch import load_file
 from tiny import make_model, make_task
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -339,7 +339,7 @@ def test_no_worker_is_left_behind(flags: Flags, number: int) -> None:
         for process in (*workers, rank) if number == SIGTERM else (rank,):
             process.send_signal(number)
         if number == SIGTERM:
-            run.succeed(30)
+            run.succeed(30, status=RESUMABLE)
         deadline = time.monotonic() + 20
         while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers):
             assert time.monotonic() < deadline, "worker processes outlive the run"

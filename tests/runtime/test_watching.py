@@ -25,7 +25,7 @@ from farspan.runtime.metrics import Metrics
 from farspan.runtime.picture import COLOURS
 from farspan.runtime.profiling import Profile
 from farspan.runtime.wiring import Wires
-from launch import Run, read_metrics
+from launch import RESUMABLE, Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s"]
@@ -259,7 +259,7 @@ def test_a_stopped_run_leaves_its_trace(flags: Flags, tmp_path: Path) -> None:
     with Run(2, 1, told) as run:
         run.wait_for_step(3)
         run.signal(1, signal.SIGTERM)
-        run.succeed()
+        run.succeed(status=RESUMABLE)
     trace = Trace(tmp_path / "ck")
     done = len(read_metrics(tmp_path / "ck"))
     assert [len(trace.spans(rank, "optimizer")) for rank in (0, 1)] == [done, done]

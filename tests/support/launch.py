@@ -20,6 +20,9 @@ REPO = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("FARSPAN_DATA", REPO.parent / "shared" / "data"))
 """Real data: stories260K (a small pretrained Llama) and gsm8k. Tests that want it skip where it is absent."""
 
+RESUMABLE = 75
+"""The exit status of a run that a signal ended before its last step."""
+
 # The server imports torch once; each rank is a fork of it, in a process of its own, without those two seconds.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["warm"])
@@ -166,9 +169,10 @@ class Run:
             time.sleep(0.02)
         return ended
 
-    def succeed(self, deadline_s: float = 90.0) -> None:
+    def succeed(self, deadline_s: float = 90.0, *, status: int = 0) -> None:
+        """Wait for all ranks, which must end with `status`: `RESUMABLE` where a test stops them by a signal."""
         for rank, end in self.wait(deadline_s).items():
-            assert end.code == 0, f"rank {rank} ended with {end.code}\n{end.err[-3000:]}"
+            assert end.code == status, f"rank {rank} ended with {end.code}\n{end.err[-3000:]}"
 
     def wait_for_step(self, step: int, deadline_s: float = 60.0) -> None:
         """Wait until metrics.jsonl has reached `step`."""
