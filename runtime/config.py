@@ -108,7 +108,9 @@ class DataFlags:
         "auto", "a token at each document's beginning; auto: as the tokenizer does", choices=("auto", "yes", "no")
     )
     eos: str = _flag(
-        "auto", "a token at each document's end; auto: as the tokenizer does", choices=("auto", "yes", "no")
+        "auto",
+        "a token at each document's end; auto: as the tokenizer does, and after each template",
+        choices=("auto", "yes", "no"),
     )
     rows: str = _flag(
         "packed",

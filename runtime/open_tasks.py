@@ -86,11 +86,15 @@ def open_each(
         Task(
             recipe.spec, source, number, config.seed, pool,
             skip_bad=config.bad_lines == "skip", share=recipe.spec.weight / total, shuffled=shuffled,
-            made=digest(json.dumps([recipe.makes(), recipe.spec.subset, recipe.spec.split])),
+            made=_made(recipe), made_before=_made(replace(recipe, frame=vocabulary.frame)),
         )
         for number, (recipe, source) in enumerate(opened)
     ]  # fmt: skip
     return tasks, pool
+
+
+def _made(recipe: Recipe) -> str:
+    return digest(json.dumps([recipe.makes(), recipe.spec.subset, recipe.spec.split]))
 
 
 def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:

@@ -115,11 +115,12 @@ class Task:
         share: float = 1.0,
         shuffled: bool = True,
         made: str = "",
+        made_before: str = "",
     ) -> None:
-        """`made`: digest of what makes the task's tokens."""
+        """`made`: digest of what makes the task's tokens; `made_before`: before `--eos auto` ended templates."""
         self.spec, self.source, self.cursor = spec, source, Cursor(order=number)
         self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
-        self._shuffled, self._made = shuffled, made
+        self._shuffled, self._made, self._made_before = shuffled, made, made_before
         mean = max(1, source.size // source.rows)
         self._step = max(1, min(256, BLOCK_BYTES // mean))
         self._ahead = max(1, round(pool.ahead * share)) if pool.ahead else 0
@@ -211,10 +212,16 @@ class Task:
                 f"{path} has {self.source.size} bytes, and had {state['size']} when the checkpoint was saved; "
                 "put the old file back, or name the new one by another path to start it from its beginning"
             )
-        if state.get("made", self._made) != self._made:
+        made = state.get("made", self._made)
+        if made == self._made_before != self._made:
             raise DataError(
-                f"{path}: its text, template, messages, loss_on or chat template is not what it was when the "
-                f"checkpoint was saved: {ADVICE}"
+                f"{path}: its documents had no end token when the checkpoint was saved, and --eos auto puts one now: "
+                "go on with --eos no"
+            )
+        if made != self._made:
+            raise DataError(
+                f"{path}: its text, template, messages, loss_on, end token (--eos) or chat template is not what it was "
+                f"when the checkpoint was saved: {ADVICE}"
             )
         self.start(Cursor(**{key: state[key] for key in vars(self.cursor)}))
 

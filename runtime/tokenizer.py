@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ from .task_spec import DataError, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger("farspan")
 
 
 class Vocabulary:
@@ -44,6 +49,8 @@ class Vocabulary:
             (t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None), 0
         )
         self.frame = self._frame(config)
+        self._ends_templates = config.eos == "auto" and not self.frame.end
+        self._told: set[str] = set()
 
     def recipe(self, spec: TaskSpec) -> Recipe:
         """Raises `DataError` where the task asks for what the tokenizer cannot do."""
@@ -52,7 +59,7 @@ class Vocabulary:
         if spec.messages and not self.tokenizer.chat_template:
             raise DataError(f"{spec.path}: messages need a tokenizer with a chat template, and {self.name} has none")
         render = ChatRender(self.tokenizer, spec.loss_on == "completion") if spec.messages else None
-        return Recipe(spec, self.encoder, self.frame, render)
+        return Recipe(spec, self.encoder, self._frame_of(spec), render)
 
     def files(self, folder: Path) -> Path:
         """Where files lie that are this tokenizer: where it was found, if it is still the same; else written here."""
@@ -67,6 +74,22 @@ class Vocabulary:
             shutil.copyfile(found, folder / "tokenizer.model")
         self.tokenizer.save_pretrained(folder)
         return folder
+
+    def _frame_of(self, spec: TaskSpec) -> Frame:
+        """What is filled into a template has an end that is to be learned, whatever the tokenizer does by itself."""
+        if not spec.template or not self._ends_templates:
+            return self.frame
+        token = self.tokenizer.eos_token
+        if spec.path not in self._told:
+            self._told.add(spec.path)
+            if token is None:
+                log.warning(
+                    "%s: the tokenizer has no end token, and so none is learned (--eos no: so be it)",
+                    spec.path,
+                )
+            else:
+                log.info("%s: each document ends with %s, to be learned too (--eos no: with nothing)", spec.path, token)
+        return self.frame if token is None else replace(self.frame, end=(self.tokenizer.eos_token_id,))
 
     def _frame(self, config: Config) -> Frame:
         tokenizer = self.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,13 @@ from farspan.modules.vocabulary import grow_rows
 from farspan.runtime.config import Config, ConfigError
 from farspan.runtime.open_tasks import open_tasks
 from farspan.runtime.prepare import open_vocabulary
+from farspan.runtime.preprocess import main as preprocess
 from farspan.runtime.task_spec import DataError, TaskSpec
 from farspan.runtime.tasks import TaskMixture
 from farspan.runtime.tokenizer import Vocabulary, unescape
 from launch import RESUMABLE, Run, read_metrics
 from safetensors.torch import load_file
-from tiny import make_model, make_task
+from tiny import make_model, make_task, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -67,6 +69,57 @@ def test_what_frames_a_document(tmp_path: Path, post: str, bos: str, eos: str, w
         texts = ["\nhello you", "\nthere"]
         own = AutoTokenizer.from_pretrained(tmp_path)
         assert tokens.tolist() == [token for text in texts for token in own(text).input_ids]
+
+
+def test_a_template_ends_with_a_token_to_be_learned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """--eos auto puts the tokenizer's end token after each template, also where it puts none itself; and says so."""
+    caplog.set_level(logging.INFO)
+    text = TaskSpec("a", text="q")
+    pair = TaskSpec("b.jsonl", template="{q} {a}", loss_on="completion")
+    row = [b'{"q": "hello", "a": "you"}']
+    ended = Vocabulary(Config(tokenizer_name=make(tmp_path, "<s> $A")))
+    block = ended.recipe(pair)(row)
+    assert block.targets is not None
+    assert (block.tokens.tolist(), block.targets.tolist()) == ([1, 3, 4, 2], [False, False, True, True])
+    assert ended.recipe(text)(row).tokens.tolist() == [1, 3]
+    assert ended.recipe(TaskSpec("b.jsonl", template="{a}"))(row).tokens.tolist() == [1, 4, 2]
+    assert caplog.text.count("b.jsonl: each document ends with </s>, to be learned too") == 1
+    caplog.clear()
+    for eos, post, end in (("no", "", []), ("yes", "", [2]), ("auto", "$A </s>", [2])):
+        told = Vocabulary(Config(tokenizer_name=make(tmp_path, post), eos=eos))
+        assert told.recipe(pair)(row).tokens.tolist() == [3, 4, *end]
+    assert caplog.text == ""
+    make_tokenizer(tmp_path / "none")
+    assert len(Vocabulary(Config(tokenizer_name=str(tmp_path / "none"))).recipe(pair)(row).tokens) == 2
+    assert "b.jsonl: the tokenizer has no end token, and so none is learned" in caplog.text
+
+
+def test_what_was_made_before_templates_had_an_end_goes_on_without(tmp_path: Path) -> None:
+    """A checkpoint and a folder of tokens of that time are refused, and taken with --eos no."""
+    (tmp_path / "a.jsonl").write_text('{"q": "hello", "a": "you"}\n' * 9)
+    tokenizer = make(tmp_path / "tok", "<s> $A")
+
+    def made(eos: str, path: str = "a.jsonl") -> TaskMixture:
+        form = {} if path == "tokens" else {"template": "{q} {a}", "loss_on": "completion"}
+        (tmp_path / "tasks.json").write_text(json.dumps([{"path": str(tmp_path / path), **form}]))
+        tasks, cache = str(tmp_path / "tasks.json"), str(tmp_path / "cache")
+        config = Config(tokenizer_name=tokenizer, task_config=tasks, data_cache=cache, seq_length=8, eos=eos)
+        return open_tasks(config, Vocabulary(config))
+
+    old, new = made("no"), made("auto")  # --eos auto made then what no makes now
+    assert old.draw(1).tokens.tolist() == [[1, 3, 4] * 2 + [1, 3]]
+    assert new.draw(1).tokens.tolist() == [[1, 3, 4, 2] * 2]
+    with pytest.raises(DataError, match=r"a\.jsonl: its documents had no end token .*: go on with --eos no$"):
+        made("auto").load_state(old.state())
+    made("no").load_state(old.state())
+    made("auto").load_state(new.state())
+    with pytest.raises(DataError, match=r"a\.jsonl: its text, .* end token \(--eos\) .* is not what it was"):
+        made("no").load_state(new.state())
+    flags = ["--task-config", str(tmp_path / "tasks.json"), "--tokenizer-name", tokenizer, "--eos", "no"]
+    assert preprocess([*flags, "--output", str(tmp_path / "tokens")]) == 0
+    with pytest.raises(DataError, match=r"tokenised with --eos \[\], and this run says --eos \[2\]: say the same"):
+        made("auto", "tokens")
+    made("no", "tokens")
 
 
 def test_a_token_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
@@ -201,7 +254,7 @@ def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog:
         goes_on(added, special_tokens=str(tmp_path / "ba.json"))
     chat = made(task={"messages": "m"}).state()
     goes_on(chat, task={"messages": "m"}, document_separator=" ")  # frames no conversation
-    with pytest.raises(DataError, match="loss_on or chat template is not what it was"):
+    with pytest.raises(DataError, match=r"end token \(--eos\) or chat template is not what it was"):
         goes_on(chat, tok="other", task={"messages": "m"})
     for changes, line in (
         ({"seq_length": 16}, "--seq-length is 16 and was 8 when the checkpoint was saved"),
