@@ -25,7 +25,7 @@ CKPT=${CKPT:-checkpoints/gptj}                  # a run goes on from the latest 
 
 STAGES=${STAGES:-2}
 REPLICAS=${REPLICAS:-4}
-LAYER_SPLIT=${LAYER_SPLIT:-}       # layers on each stage, such as 15,13; empty: even
+LAYER_SPLIT=${LAYER_SPLIT:-}       # layers on each stage, such as 15,13; empty: by their work
 DIST_BACKEND=${DIST_BACKEND:-gloo} # carries activations
 DP_BACKEND=${DP_BACKEND:-gloo}     # carries gradients between replicas
 LOGS=${LOGS:-$CKPT/logs}

@@ -25,7 +25,7 @@ CKPT=${CKPT:-checkpoints/gptneox}                   # a run goes on from the lat
 
 STAGES=${STAGES:-8}
 REPLICAS=${REPLICAS:-1}
-LAYER_SPLIT=${LAYER_SPLIT:-}       # layers on each stage, such as 6,6,6,6,5,5,5,5; empty: even
+LAYER_SPLIT=${LAYER_SPLIT:-}       # layers on each stage, such as 6,6,6,6,5,5,5,5; empty: by their work
 DIST_BACKEND=${DIST_BACKEND:-gloo} # carries activations
 DP_BACKEND=${DP_BACKEND:-gloo}     # carries gradients between replicas
 LOGS=${LOGS:-$CKPT/logs}

@@ -25,7 +25,7 @@ CKPT=${CKPT:-checkpoints/llama}                      # a run goes on from the la
 
 STAGES=${STAGES:-4}
 REPLICAS=${REPLICAS:-1}
-LAYER_SPLIT=${LAYER_SPLIT:-}       # layers on each stage, such as 8,8,8,8; empty: even
+LAYER_SPLIT=${LAYER_SPLIT:-}       # layers on each stage, such as 8,8,8,8; empty: by their work
 DIST_BACKEND=${DIST_BACKEND:-gloo} # carries activations
 DP_BACKEND=${DP_BACKEND:-gloo}     # carries gradients between replicas
 LOGS=${LOGS:-$CKPT/logs}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loss import linear_cross_entropy_sum
+from .loss import CHUNK_LOGITS, linear_cross_entropy_sum
 from .parts import Attention, Documents, Mlp, Rotary, make_norm
 from .spec import ModelSpec
 
@@ -95,6 +95,21 @@ def unit_shapes(spec: ModelSpec, unit: int) -> dict[str, torch.Size]:
 def unit_elements(spec: ModelSpec, unit: int) -> int:
     """How many parameters one unit's module has."""
     return sum(shape.numel() for shape in unit_shapes(spec, unit).values())
+
+
+def unit_work(spec: ModelSpec, unit: int, rows: int, length: int) -> float:
+    """Multiply-adds of one unit's matrix products, forward and backward, for a micro-batch [rows, length].
+
+    None for an embedding, which looks up; in the head's backward its logits are made again where they do not all fit.
+    """
+    if unit == spec.embed_unit:
+        return 0.0
+    for_a_token = sum(shape.numel() for shape in unit_shapes(spec, unit).values() if len(shape) == 2)
+    if unit != spec.head_unit:
+        # Scores with the tokens up to it, which are half of the row on the mean, and the sum of their values.
+        for_a_token += length * spec.heads * spec.head_dim
+    again = unit == spec.head_unit and rows * length * spec.vocab > CHUNK_LOGITS
+    return float((4 if again else 3) * for_a_token * rows * length)
 
 
 def hf_names(spec: ModelSpec, unit: int) -> dict[str, str]:

@@ -16,6 +16,20 @@ def even_split(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(whole + (stage < rest) for stage in range(stages))
 
 
+def balanced_split(layers: int, blocks: Sequence[float], ends: Sequence[float]) -> tuple[int, ...]:
+    """Blocks per stage, at least one on each, such that the slowest stage is as fast as can be.
+
+    By stage: what any one block costs there (`blocks`), and what embedding and head cost beside them (`ends`). Blocks
+    are alike, so no choice is lost by handing them out singly, each to the stage that is fastest with it.
+    """
+    _enough(layers, len(blocks))
+    split = [1] * len(blocks)
+    for _ in range(layers - len(blocks)):
+        costs = [(count + 1) * block + end for count, block, end in zip(split, blocks, ends, strict=True)]
+        split[costs.index(min(costs))] += 1
+    return tuple(split)
+
+
 def fixed_split(layers: int, stages: int, per_stage: int) -> tuple[int, ...]:
     """`per_stage` blocks on each stage and the remainder on the last, as `--num-layers` says.
 

@@ -35,7 +35,6 @@ from .prepare import (
     describe,
     first_difference,
     keep_freed_memory,
-    layer_split,
     make_plan,
     open_model,
     open_vocabulary,
@@ -44,6 +43,7 @@ from .prepare import (
     share_threads,
 )
 from .report import report
+from .split import advice, layer_split
 from .wiring import Wires, connect
 
 log = logging.getLogger("farspan")
@@ -71,6 +71,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     place = topology.coord(config.rank)
     store, spec = open_model(config)
     check_model(config, spec)
+    split = layer_split(config, spec)
     plan = make_plan(config)
     shake_hands(meeting, config, spec)
     device, dtype = pick_device(config, network), compute_dtype(config)
@@ -78,7 +79,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     keep_freed_memory()
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
     spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
-    units = stage_units(layer_split(config, spec), place.stage)
+    units = stage_units(split, place.stage)
     if config.rank == 0:
         log.info("--check: reading weights, planning memory")
     files = look_at_files(store, units) if store is not None else Files(0, 0, {}, True, [])
@@ -118,9 +119,14 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     wires.close()
 
     figures = [(Edge(**edge), EdgeFigures(**seen)) for each in all_found for edge, seen in each["edges"]]
-    step = None if problems else simulated(config, topology, plan, figures, all_found)
+    step, better = None, ""
+    if not problems:
+        step = simulated(config, topology, plan, figures, all_found)
+        better = advice(
+            spec, topology, split, all_found, lambda found: simulated(config, topology, plan, figures, found)
+        )
     if config.rank == 0:
-        sys.stdout.write(report(config, topology, ranks, figures, all_found, step, problems))
+        sys.stdout.write(report(config, topology, ranks, figures, all_found, step, problems, better))
         sys.stdout.flush()
     if problems:
         raise CheckFailed(f"--check: do not start this run: {'; '.join(problems)}")

@@ -30,8 +30,10 @@ class ModelFlags:
         "", "folder, file (tokenizer.json, tokenizer.model) or hub name; rank 0 needs it [--model-name]", agree=False
     )
     model_type: str = _flag("", "checked against config.json [read from it]", choices=("gptj", "gptneox", "llama"))
-    num_layers: int = _flag(0, "transformer layers on each stage, the last stage takes the rest [even split]")
-    layer_split: str = _flag("", "layers on each stage, e.g. 3,2 [even split]")
+    num_layers: int = _flag(0, "transformer layers on each stage, the last stage takes the rest [by their work]")
+    layer_split: str = _flag(
+        "", "layers on each stage, e.g. 3,2; even: as many on each [by their work, with the head's]"
+    )
     embedding_dim: int = _flag(0, "checked against config.json [read from it]")
     num_heads: int = _flag(0, "checked against config.json [read from it]")
     load_pretrained_model: bool = _flag(True, "start from the model's weights; false: random ones from --seed")

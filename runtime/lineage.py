@@ -136,8 +136,8 @@ def _newest(last: int, whole: dict[int, Branches], found: Sequence[dict[int, Fou
     options = [step for step in whole if step <= last]
     if not options:
         raise CheckpointError(
-            f"no checkpoint is complete for every rank ({fault}); copy the missing files there, or start over with "
-            "--load-checkpoint false and another --checkpoint-path"
+            f"no checkpoint is complete for every rank ({fault}); copy the missing files there, go on with the "
+            "--layer-split of before, or start over with --load-checkpoint false and another --checkpoint-path"
         )
     seen = [rank[last].branches for rank in found if last in rank]
     known = [branches for i, branches in enumerate(seen) if branches is not None and branches not in seen[:i]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -149,11 +149,19 @@ def _timed(group: Group, elements: int, timeout_s: float, operation: str) -> flo
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Of this rank: one micro-batch forward and backward, and all that belongs to one update of the weights."""
+    """Of this rank: one micro-batch forward and backward, through its stage and through one block of it, and all that
+    belongs to one update of the weights."""
 
     forward: float
     backward: float
     update: float
+    block_forward: float
+    block_backward: float
+
+    def with_blocks(self, more: int, elements: float) -> LayerSeconds:
+        """The same with so many `more` blocks (or fewer), which make the stage `elements` times as large."""
+        forward, backward = self.forward + more * self.block_forward, self.backward + more * self.block_backward
+        return replace(self, forward=forward, backward=backward, update=self.update * elements)
 
 
 def measure_layers(
@@ -169,13 +177,14 @@ def measure_layers(
     if units.stop == spec.unit_count:
         ends.append(range(spec.head_unit - len(few), spec.unit_count))
     inner = _computed(config, spec, range(few[0], few[-1] + 1), dtype, device)
-    forward, backward = (seconds * len(blocks) / len(few) for seconds in inner[:2])
+    one_forward, one_backward = (seconds / len(few) for seconds in inner[:2])
+    forward, backward = len(blocks) * one_forward, len(blocks) * one_backward
     for part in ends:
         more = _computed(config, spec, part, dtype, device)
         forward += max(more[0] - inner[0], 0.0)
         backward += max(more[1] - inner[1], 0.0)
     elements = sum(unit_elements(spec, unit) for unit in units)
-    return LayerSeconds(forward, backward, inner[2] * elements)
+    return LayerSeconds(forward, backward, inner[2] * elements, one_forward, one_backward)
 
 
 def _computed(

@@ -21,7 +21,6 @@ from ..comm.verify import host_here
 from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
 from ..modules.spec import ModelSpec
-from ..pipeline.partition import even_split, explicit_split, fixed_split
 from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
@@ -64,16 +63,6 @@ def check_model(config: Config, spec: ModelSpec) -> None:
         raise ConfigError(
             f"--seq-length {config.seq_length} is more than the model's {spec.max_positions} positions ({where})"
         )
-
-
-def layer_split(config: Config, spec: ModelSpec) -> tuple[int, ...]:
-    """Layers of each stage. Raises `PartitionError`."""
-    stages = config.pipeline_group_size
-    if config.layer_split:
-        return explicit_split(spec.layers, stages, [int(count) for count in config.layer_split.split(",") if count])
-    if config.num_layers:
-        return fixed_split(spec.layers, stages, config.num_layers)
-    return even_split(spec.layers, stages)
 
 
 def make_plan(config: Config) -> Plan:

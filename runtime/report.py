@@ -22,8 +22,10 @@ def report(
     found: Sequence[dict[str, Any]],
     step: StepTime | None,
     problems: Sequence[str],
+    better: str = "",
 ) -> str:
-    """Tables of the network, the memory and the weights, the simulated step, and the verdict."""
+    """Tables of the network, the memory and the weights, the simulated step with a line on what were `better`, and the
+    verdict."""
     lines = ["", "network"]
     rows = [["edge", "for", "round trip", "1 connection", f"{CONNECTIONS} connections", "a step's message"]]
     for edge, seen in figures:
@@ -87,6 +89,8 @@ def report(
             f"  pipeline {step.pipeline:.2f} s, sums not hidden behind it {step.sums:.2f} s, vote {step.vote:.2f} s, "
             f"optimizer {step.optimizer:.2f} s; the data, beside these, {step.feed:.2f} s",
         ]
+        if better:
+            lines.append(better)
         if config.total_steps:
             hours = _hours(config.updates * step.seconds)
             lines.append(f"the run: {config.updates} updates, {hours} without evaluations and checkpoints")

@@ -50,7 +50,6 @@ from .prepare import (
     describe,
     fill,
     keep_freed_memory,
-    layer_split,
     make_evaluation_plan,
     make_plan,
     open_model,
@@ -62,6 +61,7 @@ from .prepare import (
     share_threads,
 )
 from .profiling import Profile
+from .split import layer_split, told
 from .tasks import DataError
 from .torch_profile import TorchProfile
 from .trainer import STOPPED, Diverged, Trainer, Vote
@@ -224,6 +224,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     split = layer_split(config, spec)
     plan = make_plan(config)
     shake_hands(meeting, config, spec)
+    if config.rank == 0 and topology.stages > 1:
+        log.info(told(config, spec, split))
     if config.as_test:
         config = shortened(config)
     device = pick_device(config, network)

@@ -102,8 +102,8 @@ def validate(config: Config) -> None:
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(
-        c.layer_split and not (split.isascii() and split.isdigit()),
-        f"--layer-split {c.layer_split} must be numbers, e.g. 3,2",
+        c.layer_split not in ("", "even") and not (split.isascii() and split.isdigit()),
+        f"--layer-split {c.layer_split} must be numbers, e.g. 3,2, or even",
     )
     _validate_checkpoints(c, refuse)
     _validate_evaluation(c, refuse)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from farspan.modules.layers import build_layers, decayed_names, hf_names, init_unit
+from farspan.modules.layers import build_layers, decayed_names, hf_names, init_unit, unit_work
 from farspan.modules.loss import count_valid, cross_entropy_sum
 from farspan.modules.spec import ModelSpec
+from tiny import config_of
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -191,3 +193,32 @@ def test_loss_is_a_sum_over_valid_positions() -> None:
     nothing = torch.full((3, 5), -100)
     assert cross_entropy_sum(logits, nothing) == 0
     assert count_valid(nothing) == 0
+
+
+def work_that_torch_counts(spec: ModelSpec, unit: int, rows: int, length: int) -> float:
+    """Multiply-adds of its matrix products, forward and backward, without those within the attention's kernel."""
+    dtype = torch.bfloat16  # a product that adds to an fp32 matrix in place is not counted
+    (layer,) = build_layers(spec, [unit], dtype=dtype)
+    init_unit(layer, spec, unit, seed=0)
+    labels = torch.randint(0, spec.vocab, (rows, length))
+    x = labels if unit == 0 else torch.randn(rows, length, spec.width, dtype=dtype, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        (layer.loss(x, labels) if unit == spec.head_unit else layer(x)).sum().backward()
+    return sum(n for op, n in counter.get_flop_counts().get("Global", {}).items() if "scaled_dot" not in str(op)) / 2
+
+
+@pytest.mark.parametrize("family", ["gptj", "gptneox", "llama"])
+def test_a_units_work_is_what_torch_counts(family: str) -> None:
+    rows, length = 2, 12
+    spec = ModelSpec.from_config(config_of(family).to_dict())
+    for unit in range(spec.unit_count):
+        # Two products, each of every token with half of the row on the mean.
+        scores = 3 * rows * length**2 * spec.heads * spec.head_dim if 0 < unit < spec.head_unit else 0
+        assert unit_work(spec, unit, rows, length) == work_that_torch_counts(spec, unit, rows, length) + scores
+
+
+def test_a_large_head_makes_its_logits_twice() -> None:
+    spec = ModelSpec.from_config(config_of("gptneox", vocab_size=50432).to_dict())
+    for length, times in ((332, 3), (333, 4)):
+        assert unit_work(spec, spec.head_unit, 1, length) == times * spec.width * spec.vocab * length
+        assert work_that_torch_counts(spec, spec.head_unit, 1, length) == times * spec.width * spec.vocab * length

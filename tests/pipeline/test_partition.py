@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, combinations, pairwise
 
 import pytest
-from farspan.pipeline.partition import PartitionError, even_split, explicit_split, fixed_split, stage_units
+from farspan.pipeline.partition import (
+    PartitionError,
+    balanced_split,
+    even_split,
+    explicit_split,
+    fixed_split,
+    stage_units,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +34,27 @@ def test_an_even_split_is_whole_and_even(stages: int, more: int) -> None:
     assert sum(split) == layers
     assert max(split) - min(split) <= 1
     assert sorted(split, reverse=True) == list(split)  # what is left over goes to the front
+
+
+@given(st.data(), st.integers(1, 4), st.integers(0, 8))
+def test_a_balanced_split_has_the_fastest_slowest_stage(data: st.DataObject, stages: int, more: int) -> None:
+    """Of all splits there are."""
+    layers = stages + more
+    blocks, ends = (data.draw(st.lists(st.floats(low, 10), min_size=stages, max_size=stages)) for low in (0.1, 0.0))
+
+    def slowest(split: tuple[int, ...]) -> float:
+        return max(count * block + end for count, block, end in zip(split, blocks, ends, strict=True))
+
+    cuts = combinations(range(1, layers), stages - 1)
+    every = [tuple(b - a for a, b in pairwise((0, *inner, layers))) for inner in cuts]
+    split = balanced_split(layers, blocks, ends)
+    assert split in every
+    assert slowest(split) == min(map(slowest, every))
+
+
+@given(st.integers(1, 8), st.integers(0, 60))
+def test_without_ends_a_balanced_split_is_the_even_one(stages: int, more: int) -> None:
+    assert balanced_split(stages + more, [1.0] * stages, [0.0] * stages) == even_split(stages + more, stages)
 
 
 @given(counts())
@@ -105,6 +133,10 @@ def test_a_layer_split_that_does_not_add_up_is_refused(given_counts: list[int]) 
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    for refused in (lambda: even_split(3, 4), lambda: fixed_split(3, 4, 1)):
+    for refused in (
+        lambda: even_split(3, 4),
+        lambda: fixed_split(3, 4, 1),
+        lambda: balanced_split(3, [1] * 4, [0] * 4),
+    ):
         with pytest.raises(PartitionError, match=r"^--pipeline-group-size 4 is more than the model's 3 layers$"):
             refused()

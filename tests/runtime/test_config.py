@@ -77,7 +77,7 @@ def test_the_tutorials_flags_are_all_known() -> None:
         ("--recompute some", "--recompute"),
         ("--pp-ahead 0", "--pp-ahead 0 must be at least 1"),
         ("--num-layers 2 --layer-split 2,2", "--num-layers and --layer-split"),
-        ("--layer-split 2;2", "--layer-split 2;2 must be numbers"),
+        ("--layer-split 2;2", "--layer-split 2;2 must be numbers, e.g. 3,2, or even"),
         ("--layer-split ²", "--layer-split ² must be numbers"),
         ("--checkpiont-steps 4", "unknown flag --checkpiont-steps: is it --checkpoint-steps?"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be in [0, 1)"),
