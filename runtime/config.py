@@ -202,7 +202,9 @@ class WatchFlags:
     )
     project_name: str = _flag("farspan", "wandb project; WANDB_NAME names the run")
     log_steps: int = _flag(
-        0, "print a line each time this many updates are done; 0: only the progress bar", agree=False
+        0,
+        "print a line each time this many updates are done; 0: only the progress bar, or one a minute without a terminal",
+        agree=False,
     )
     profiling: str = _flag(
         "no-profiling",

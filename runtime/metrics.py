@@ -1,18 +1,16 @@
-"""What a person watches: metrics.jsonl, the progress bar, wandb. Only rank 0 has one."""
+"""Where the figures of each update go: metrics.jsonl, the terminal, wandb. Only rank 0 has one."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from .backends import open_backends
 from .config import Config
+from .terminal import Terminal
 
 
 class Metrics:
@@ -33,15 +31,7 @@ class Metrics:
         kept = _cut(path, start_step)
         self._file = path.open("a")
         self._backends = open_backends(config, start_step)
-        self._bar = tqdm(
-            total=config.total_steps,
-            initial=start_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            file=sys.stderr,
-        )
-        self._evaluated = ""
+        self._terminal = Terminal(config, start_step)
         losses = [row["loss"] for row in map(json.loads, kept) if "loss" in row]
         self.first_loss: float | None = losses[0] if losses else None
         self.last_loss: float | None = losses[-1] if losses else None
@@ -57,28 +47,10 @@ class Metrics:
         if self.first_loss is None:
             self.first_loss = row["loss"]
         self.last_loss = row["loss"]
-        if "eval_loss" in row:
-            held_out = f"{row['eval_loss']:.4f} (perplexity {row['eval_perplexity']:.2f})"
-            self._evaluated = f", held out {held_out}"
-            self.say(f"step {row['step']}/{self._config.total_steps}  held-out loss {held_out}")
-        self._bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s{self._evaluated}",
-            refresh=False,
-        )
-        self._bar.update(row["step"] - self._bar.n)
-        every = self._config.log_steps * self._config.gradient_accumulate_step
-        if every and row["step"] % every == 0:
-            self.say(
-                f"step {row['step']}/{self._config.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.3e}  "
-                f"grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:.0f} tokens/s{_further(row)}"
-            )
-
-    def say(self, line: str) -> None:
-        """A line above the progress bar."""
-        tqdm.write(line, file=sys.stderr)
+        self._terminal.write(row)
 
     def close(self, exit_code: int = 0) -> None:
-        self._bar.close()
+        self._terminal.close()
         self._file.close()
         for backend in self._backends:
             backend.close(exit_code)
@@ -105,12 +77,3 @@ def _cut(path: Path, step: int) -> list[str]:
             os.fsync(file.fileno())
         os.replace(whole, path)
     return kept
-
-
-_TOLD = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "eval_loss", "eval_perplexity"}
-
-
-def _further(row: dict[str, Any]) -> str:
-    """The rest of a row for the printed line: its plain numbers, without what is by stage or task ("…/…")."""
-    numbers = {k: v for k, v in row.items() if k not in _TOLD and "/" not in k and isinstance(v, int | float)}
-    return "".join(f"  {key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())

@@ -51,7 +51,7 @@ def test_metrics_of_every_update(flags: Flags, tmp_path: Path) -> None:
         assert 0.01 < row["peak_memory_gib"] == max(row["peak_memory_gib/stage0"], row["peak_memory_gib/stage1"]) < 8
     err = run.err(0)
     assert f"step 4/8  loss {rows[1]['loss']:.4f}" in err
-    assert "step 2/8  loss" not in err  # --log-steps 2
+    assert "step 6/8  loss" not in err  # --log-steps 2, the first and the last
     assert f"{rows[0]['loss']:.4f} at first, {rows[-1]['loss']:.4f} at last" in err
     assert "step" not in run.err(1).replace("steps", "")  # only rank 0 reports
 
@@ -173,7 +173,7 @@ def test_rows_of_any_shape_reach_the_backends(tmp_path: Path, monkeypatch: pytes
     config = config_of("tensorboard", tmp_path)
     metrics = Metrics(config, 0)
     said: list[str] = []
-    monkeypatch.setattr(metrics, "say", said.append)
+    monkeypatch.setattr(metrics._terminal, "say", said.append)
     base = dict(zip(KEYS, (1, 2.0, 0.1, 1.0, 64, 10.0, 6.4), strict=True))
     metrics.write({**base, "loss_scale": 1024, "tasks": {"a": {"share": 0.25}}, "note": "text"})
     metrics.write({"step": 1, "eval_loss": 1.5})
