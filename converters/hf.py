@@ -16,6 +16,7 @@ from ..modules.shards import (
     SINGLE,
     ShardError,
     ShardStore,
+    copy_generation_config,
     copy_tokenizer,
     own_names,
     save_tensors,
@@ -101,6 +102,7 @@ def import_hf(family: str, model_name: str, save_dir: Path) -> Path:
             write_unit(partial, store.spec, unit, tensors)
         write_index(partial, store.spec, dtype)
         copy_tokenizer(store.folder, partial)
+        copy_generation_config(store.folder, partial)
         write_sums(partial)
     return target
 
@@ -142,6 +144,7 @@ def export_hf(
             (partial / f"{i}.part").rename(partial / file)
         write_json(partial / "config.json", hf_config(store.spec, found or torch.float32))
         copy_tokenizer(ckpt, partial)
+        copy_generation_config(ckpt, partial)
     return target
 
 

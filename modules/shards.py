@@ -34,8 +34,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
 )
+GENERATION = "generation_config.json"
 
 
 class ShardError(RuntimeError):
@@ -217,10 +217,19 @@ def write_json(path: Path, value: object) -> None:
 
 
 def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json, those that are there."""
+    """Copy the tokenizer's files, those that are there."""
     for name in TOKENIZER_FILES:
-        if (Path(src) / name).is_file():
-            shutil.copyfile(Path(src) / name, Path(dst) / name)
+        _copy(src, dst, name)
+
+
+def copy_generation_config(src: Path, dst: Path) -> None:
+    """Copy what a model's folder says of how it generates, if it does. A tokenizer's folder may be another model's."""
+    _copy(src, dst, GENERATION)
+
+
+def _copy(src: Path, dst: Path, name: str) -> None:
+    if (Path(src) / name).is_file():
+        shutil.copyfile(Path(src) / name, Path(dst) / name)
 
 
 def opened(path: Path) -> safe_open:

@@ -27,7 +27,16 @@ from torch import Tensor
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
-from ..modules.shards import ShardStore, copy_tokenizer, opened, save_tensors, unit_file, write_index, write_unit
+from ..modules.shards import (
+    ShardStore,
+    copy_generation_config,
+    copy_tokenizer,
+    opened,
+    save_tensors,
+    unit_file,
+    write_index,
+    write_unit,
+)
 from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
 from .lineage import MANIFEST, CheckpointError, Start, belongs, choose, folder_of, inspect, survey
@@ -134,11 +143,13 @@ class Checkpoints:
         spec: ModelSpec,
         optimizer: Optimizer,
         dtype: torch.dtype,
+        model: Path,
         tokenizer: Path,
         complete: Complete | None = None,
     ) -> Path:
         """Write one checkpoint, all ranks together: files, then a manifest, then a rename, then `latest`.
 
+        The folders `model` and `tokenizer` give generation_config.json and the tokenizer's files.
         `complete` fills in the other replicas' shards of a tensor's state, where the optimizer has but one."""
         meeting, name = self._meeting, f"checkpoint_{progress.step}"
         final, temporary = self.root / name, self.root / f".{name}.tmp"
@@ -155,6 +166,7 @@ class Checkpoints:
         if self.leads:
             write_index(temporary, spec, dtype)
             copy_tokenizer(tokenizer, temporary)
+            copy_generation_config(model, temporary)
             trainer = {"format": FORMAT, **answers[0]["progress"]}
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
             present = sorted(path.name for path in temporary.iterdir())

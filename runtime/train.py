@@ -313,7 +313,15 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         wires.collectives,
         feed,
         save=lambda p: _save(
-            p, checkpoints, spec, optimizer, dtype, tokenizer, config.rank, complete if optimizer.sharded else None
+            p,
+            checkpoints,
+            spec,
+            optimizer,
+            dtype,
+            Path(config.model_name),
+            tokenizer,
+            config.rank,
+            complete if optimizer.sharded else None,
         ),
         stopping=lambda: signals.asked,
         metrics=metrics,
@@ -356,6 +364,7 @@ def _save(
     spec: ModelSpec,
     optimizer: Optimizer,
     dtype: torch.dtype,
+    model: Path,
     tokenizer: Path,
     rank: int,
     complete: Complete | None,
@@ -365,7 +374,7 @@ def _save(
             f"after update {progress.updates} the weights are no longer finite ({bad}), and are not saved: try a lower "
             "--lr, from the latest checkpoint on if there is one"
         )
-    folder = checkpoints.save(progress, spec, optimizer, dtype, tokenizer, complete)
+    folder = checkpoints.save(progress, spec, optimizer, dtype, model, tokenizer, complete)
     if rank == 0:
         log.info("saved %s", folder)
 

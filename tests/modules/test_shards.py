@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from farspan.modules.layers import hf_names
-from farspan.modules.shards import ShardError, ShardStore, copy_tokenizer, unit_file, write_index, write_unit
+from farspan.modules.shards import (
+    ShardError,
+    ShardStore,
+    copy_generation_config,
+    copy_tokenizer,
+    unit_file,
+    write_index,
+    write_unit,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -195,6 +203,8 @@ def test_the_tokenizer_goes_along(plain: Path, tmp_path: Path) -> None:
     (plain / "tokenizer.json").write_text("{}")
     (tmp_path / "copy").mkdir()
     copy_tokenizer(plain, tmp_path / "copy")
+    assert [p.name for p in (tmp_path / "copy").iterdir()] == ["tokenizer.json"]
+    copy_generation_config(plain, tmp_path / "copy")
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["generation_config.json", "tokenizer.json"]
 
 

@@ -140,7 +140,7 @@ class Life:
 
     def save(self, step: int, best: int | None = None) -> None:
         progress = Progress(step=step, best_step=best, best_loss=1.0 if best else None)
-        self.checkpoints.save(progress, self.spec, self.optimizer, torch.float32, self.model)
+        self.checkpoints.save(progress, self.spec, self.optimizer, torch.float32, self.model, self.model)
 
 
 @pytest.fixture

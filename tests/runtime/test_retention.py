@@ -109,7 +109,7 @@ def test_nothing_is_deleted_before_latest_has_moved_everywhere(tmp_path: Path, m
 
     def save(step: int, meeting: Alone) -> None:
         checkpoints = Checkpoints(tmp_path, meeting, Topology(1, 1), 1.0, 1)  # type: ignore[arg-type]
-        checkpoints.save(Progress(step=step), store.spec, optimizer, torch.float32, model)
+        checkpoints.save(Progress(step=step), store.spec, optimizer, torch.float32, model, model)
 
     save(1, Alone())
     with pytest.raises(ConnectionError):

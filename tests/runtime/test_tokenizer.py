@@ -397,3 +397,12 @@ def test_no_worker_is_left_behind(flags: Flags, number: int) -> None:
         while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers):
             assert time.monotonic() < deadline, "worker processes outlive the run"
             time.sleep(0.05)
+
+
+def test_how_a_model_generates_is_not_its_tokenizers_to_say(flags: Flags, tmp_path: Path, model: Path) -> None:
+    make_tokenizer(tmp_path / "tok")
+    (tmp_path / "tok" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with Run(1, 1, flags(tokenizer_name=tmp_path / "tok", total_steps=1)) as run:
+        run.succeed()
+    kept = tmp_path / "ck" / "checkpoint_1" / "generation_config.json"
+    assert kept.read_bytes() == (model / "generation_config.json").read_bytes()
