@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
-from .config import Config, ConfigError, grid_only, parse
-from .validation import validate
+from .config import Config, ConfigError, read
+from .validation import problems_of
 
 log = logging.getLogger("farspan")
 
@@ -54,12 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     if not log.handlers:  # a notebook may call this again
         log.addHandler(_Handler())
-    config = None
     try:
-        config, notices = parse(argv)
-        validate(config)
+        config, notices, problems = read(argv)
     except ConfigError as error:
-        return _refuse(error, config or grid_only(argv))
+        return _refuse(error.problems, None)
+    # A flag that could not be read is told once, and not again as one that is missing.
+    named = set(re.findall(r"--[\w-]+", " ".join(problems)))
+    problems += [problem for problem in problems_of(config) if not named & set(re.findall(r"--[\w-]+", problem))]
+    if problems:
+        return _refuse(problems, config)
     for notice in notices if config.rank == 0 else []:
         log.info("notice: %s", notice)
     from .train import run
@@ -67,13 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(config)
 
 
-def _refuse(error: ConfigError, config: Config | None) -> int:
-    """Say what is wrong with the flags, here and to the other ranks, which may be waiting for this one."""
-    one_of_many = config is not None and config.rank >= 0 and config.world_size > 1
-    sys.stderr.write(f"farspan: rank {config.rank}: {error}\n" if config and one_of_many else f"farspan: {error}\n")
+def _refuse(problems: Sequence[str], config: Config | None) -> int:
+    """Say what is wrong with the flags, a line each, here; and the first to the other ranks, which may be waiting for
+    this one."""
+    who = f"rank {config.rank}: " if config is not None and config.rank >= 0 and config.world_size > 1 else ""
+    sys.stderr.writelines(f"farspan: {who}{problem}\n" for problem in problems)
     sys.stderr.flush()
-    if config and one_of_many and config.dist_url:
+    if config and who and config.dist_url:
         from .train import tell
 
-        tell(error, config)
+        more = f" (and {len(problems) - 1} more, which it has printed)" if len(problems) > 1 else ""
+        tell(ConfigError(problems[0] + more), config)
     os._exit(2)  # the store's threads may still be at work

@@ -345,6 +345,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Defaults stand in brackets. What torchrun, srun or mpirun says in the environment need not be said. "
         "README.md has examples.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
     for group in GROUPS:
         section = made.add_argument_group(group.__doc__)
@@ -357,13 +358,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tuple[Config, list[str]]:
-    """Flags (and the launcher's environment) → the config, not yet checked, and notices for the user.
+    """As `read`. Raises `ConfigError` for unknown flags and unreadable values."""
+    made, notices, problems = read(argv, environ)
+    if problems:
+        raise ConfigError(*problems)
+    return made, notices
 
-    Raises `ConfigError` for an unknown flag or an unreadable value.
-    """
-    known, rest = parser().parse_known_args(list(argv))
-    if rest:
-        raise ConfigError(_unknown(rest[0]))
+
+def read(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tuple[Config, list[str], list[str]]:
+    """Flags (and the launcher's environment) → the config, not yet checked; notices; and what could not be read, which
+    the config is without. Raises `ConfigError` for an environment that says nothing useful."""
+    known, rest, problems = _known(list(argv))
+    problems += [_unknown(word) for word in dict.fromkeys([word for word in rest if word.startswith("-")] or rest[:1])]
     values = vars(known)
     notices = []
     for name in INERT:
@@ -374,7 +380,33 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tupl
             notices.append(f"--{dash(stays)} {values[stays]} is given: --{dash(goes)} {values[goes]} has no effect")
             values[goes] = 0
     values.update(from_launcher(known, os.environ if environ is None else environ))
-    return Config(**values), notices
+    return Config(**values), notices, problems
+
+
+def _known(words: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """The flags that can be read, words that are none, and why other flags cannot be read."""
+    reader = parser()
+    problems: list[str] = []
+    while True:
+        try:
+            return *reader.parse_known_args(words), problems
+        except argparse.ArgumentError as error:
+            problems.append(str(error))
+            left = _without(words, str(error.argument_name).split("/"))
+            if left == words:
+                raise ConfigError(*problems) from error
+            words = left
+
+
+def _without(words: list[str], names: list[str]) -> list[str]:
+    """Without those flags and their values."""
+    left, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.split("=")[0] in names
+        if not dropping:
+            left.append(word)
+    return left
 
 
 def _unknown(word: str) -> str:
@@ -384,17 +416,3 @@ def _unknown(word: str) -> str:
     near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1, 0.75)
     hint = f": is it {near[0]}?" if near else ""
     return f"unknown flag {word}{hint}; dist_train.py --help lists all of them"
-
-
-def grid_only(argv: Sequence[str]) -> Config | None:
-    """What flags that could not be parsed still say of the grid, so that the other ranks can be told."""
-    reader = _Parser(add_help=False, allow_abbrev=False)
-    for name, kind in (("--dist-url", str), ("--secret-file", str), ("--rank", int), ("--world-size", int)):
-        reader.add_argument(name, type=kind, default=Config.__dataclass_fields__[name[2:].replace("-", "_")].default)
-    for name in ("--pipeline-group-size", "--data-group-size"):
-        reader.add_argument(name, type=int, default=1)
-    try:
-        known, _ = reader.parse_known_args(list(argv))
-        return Config(**{**vars(known), **from_launcher(known, os.environ)})
-    except (ConfigError, ValueError):
-        return None

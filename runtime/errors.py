@@ -4,4 +4,8 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A flag that cannot be; the message names it and says what would do."""
+    """Flags that cannot be; each message names one and says what would do."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems

@@ -10,12 +10,19 @@ from .config import LOG_BACKENDS, Config, ConfigError, dash
 
 
 def validate(config: Config) -> None:
-    """Raises `ConfigError`, naming the flag."""
+    """Raises `ConfigError` with all `problems_of` it."""
+    if problems := problems_of(config):
+        raise ConfigError(*problems)
+
+
+def problems_of(config: Config) -> list[str]:
+    """Whatever is wrong with the flags, each named."""
     c = config
+    problems: list[str] = []
 
     def refuse(bad: object, message: str) -> None:
         if bad:
-            raise ConfigError(message)
+            problems.append(message)
 
     for f in fields(c):
         value = getattr(c, f.name)
@@ -25,7 +32,7 @@ def validate(config: Config) -> None:
     refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun, srun or mpirun)")
     refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun, srun or mpirun)")
     for name in (
-        "pipeline_group_size", "data_group_size", "seq_length", "batch_size", "micro_batch_size",
+        "pipeline_group_size", "data_group_size", "batch_size", "micro_batch_size",
         "gradient_accumulate_step", "pp_ahead", "loss_scale_window", "hysteresis",
     ):  # fmt: skip
         refuse(getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be at least 1")
@@ -40,7 +47,7 @@ def validate(config: Config) -> None:
         f"--world-size {c.world_size} is not --pipeline-group-size {c.pipeline_group_size} × "
         f"--data-group-size {c.data_group_size} = {grid}",
     )
-    refuse(c.rank >= c.world_size, f"--rank {c.rank} is not below --world-size {c.world_size}")
+    refuse(c.rank >= c.world_size == grid > 0, f"--rank {c.rank} is not below --world-size {c.world_size}")
     refuse(
         c.dp_net_interface not in ("", c.net_interface) and c.pp_library == c.dp_library == "nccl",
         f"--dp-net-interface {c.dp_net_interface}: NCCL has one interface a process, so with --dist-backend "
@@ -60,7 +67,7 @@ def validate(config: Config) -> None:
         f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
     )
     refuse(
-        c.batch_size % c.micro_batch_size,
+        c.micro_batch_size > 0 and c.batch_size % c.micro_batch_size,
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
     )
     refuse(c.seq_length < 2, f"--seq-length {c.seq_length} must be at least 2: a token and the one to predict")
@@ -78,12 +85,12 @@ def validate(config: Config) -> None:
         "--total-steps is needed: accumulation steps of the whole run (or --nepochs)",
     )
     refuse(
-        c.total_steps % c.gradient_accumulate_step,
+        c.gradient_accumulate_step > 0 and c.total_steps % c.gradient_accumulate_step,
         f"--total-steps {c.total_steps} is not a multiple of --gradient-accumulate-step {c.gradient_accumulate_step}, "
         "so the last steps would never reach the weights",
     )
-    if not c.nepochs:
-        validate_length(c)
+    if c.total_steps > 0 and c.gradient_accumulate_step > 0:
+        problems.extend(_problems_of_length(c))
     refuse(c.fp16 and c.bf16, "--fp16 and --bf16 exclude each other: give one")
     for name in ("initial_loss_scale", "min_loss_scale"):
         refuse(not getattr(c, name) > 0, f"--{dash(name)} {getattr(c, name)} must be a positive number")
@@ -97,7 +104,7 @@ def validate(config: Config) -> None:
         "--optimizer 8bit-adam has one scale for 256 elements, which the shards of --dp-mode zero1 would cut: "
         "use adamw, or --dp-mode allreduce",
     )
-    refuse(c.min_lr > c.lr, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
+    refuse(c.min_lr > c.lr >= 0, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
     refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
@@ -115,14 +122,22 @@ def validate(config: Config) -> None:
         not c.adam_eps > 0, f"--adam-eps {c.adam_eps} must be more than 0: what never had a gradient is divided by it"
     )
     refuse(not 0 <= c.seed < 2**32, f"--seed {c.seed} must be from 0 to 2³² − 1")
+    return problems
 
 
 def validate_length(c: Config) -> None:
     """What can be said once the run's length is known: with --nepochs, after counting. Raises `ConfigError`."""
+    if problems := _problems_of_length(c):
+        raise ConfigError(*problems)
+
+
+def _problems_of_length(c: Config) -> list[str]:
     of = "(--total-steps ÷ --gradient-accumulate-step)"
-    for name in ("warmup_steps", "num_checkpoints"):
-        if getattr(c, name) > c.updates:
-            raise ConfigError(f"--{dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}")
+    return [
+        f"--{dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}"
+        for name in ("warmup_steps", "num_checkpoints")
+        if getattr(c, name) > c.updates
+    ]
 
 
 def _validate_checkpoints(c: Config, refuse: Callable[[object, str], None]) -> None:

@@ -122,6 +122,20 @@ def test_refusals_name_the_flag(extra: str, message: str) -> None:
         config(extra + " --rank 0" if "--rank" not in extra else extra)
 
 
+def test_what_is_wrong_is_told_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("--rank 0 --batch-size 0 --micro-batch-size 0 --gradient-accumulate-step 0 --lr -1 --seq-length 0")
+    assert [problem.split(" must ")[0] for problem in caught.value.problems] == [
+        "--batch-size 0", "--micro-batch-size 0", "--gradient-accumulate-step 0", "--lr -1.0", "--seq-length 0",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        config("-x --lr --pp-mode=zigzag --no-such 1 --load-checkpoint maybe")
+    for number, flag in enumerate(("--lr", "--pp-mode", "--load-checkpoint", "-x", "--no-such")):
+        assert flag in caught.value.problems[number]
+    assert len(caught.value.problems) == 5
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("flag", ["--model-name", "--task-name", "--checkpoint-path", "--total-steps", "--dist-url"])
 def test_what_is_needed_is_asked_for(flag: str) -> None:
     at = GOOD.index(flag)

@@ -78,6 +78,11 @@ def test_a_bad_flag_on_one_rank_ends_all(flags: Flags) -> None:
     fails(flags(), 0, "rank 1", "--batch-size 5", by_rank={1: {"batch_size": 5}})
 
 
+def test_several_bad_flags_are_one_line_to_the_others(flags: Flags) -> None:
+    told = {1: {"batch_size": 5, "no_such": 1}}
+    fails(flags(), 0, "rank 1: unknown flag --no-such", "(and 1 more, which it has printed)", by_rank=told)
+
+
 def test_a_bad_flag_on_the_master_ends_all(flags: Flags) -> None:
     fails(flags(), 1, "rank 0", "--no-such-flag", by_rank={0: {"no_such_flag": 1}})
 

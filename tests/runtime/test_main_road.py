@@ -112,9 +112,21 @@ def test_help_ends_well() -> None:
     assert "--pipeline-group-size" in script("dist_train.py", "--help")
 
 
-def test_a_wrong_flag_is_one_line() -> None:
+def test_wrong_flags_are_told_together_a_line_each() -> None:
+    told = "--model-name m --no-such 1 --lr fast --total-stesp 4 --batch-size 7 --rank 0 --world-size 2"
     done = subprocess.run(
-        [sys.executable, "dist_train.py", "--no-such", "1"], capture_output=True, text=True, cwd=REPO, timeout=60
+        [sys.executable, "dist_train.py", *told.split(), "--pipeline-group-size", "2", "--task-name", "a.jsonl"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=60,
     )
     assert done.returncode == 2
-    assert done.stderr == "farspan: unknown flag --no-such; dist_train.py --help lists all of them\n"
+    assert done.stderr.splitlines() == [
+        "farspan: rank 0: argument --lr: invalid float value: 'fast'",
+        "farspan: rank 0: unknown flag --no-such; dist_train.py --help lists all of them",
+        "farspan: rank 0: unknown flag --total-stesp: is it --total-steps?; dist_train.py --help lists all of them",
+        "farspan: rank 0: --dist-url is needed: tcp://host:port of rank 0 (or start with torchrun, srun or mpirun)",
+        "farspan: rank 0: --batch-size 7 is not a multiple of --micro-batch-size 8",
+        "farspan: rank 0: --checkpoint-path is needed: the folder where the trained model is saved",
+    ]
