@@ -98,10 +98,11 @@ class Gradients:
 
 
 def square_sum(tensors: list[Tensor]) -> float:
-    """Σ x² over all elements; summed over tensors in double precision."""
+    """Σ x² over all elements, summed in double precision: cut otherwise (by ZeRO-1, say) the same elements give a norm,
+    and so a factor of clipping, that is the same fp32 number."""
     if not tensors:
         return 0.0
-    return float(torch.stack(torch._foreach_norm(tensors)).double().square().sum())
+    return float(torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square().sum())
 
 
 def _up(size: int, grain: int) -> int:

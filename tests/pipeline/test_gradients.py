@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from farspan.pipeline.gradients import Gradients
+from farspan.pipeline.gradients import Gradients, square_sum
 from torch import Tensor, nn
 
 SHAPES = ((3, 5), (7,), (16,), (1,), (4, 2, 3))
@@ -91,6 +91,11 @@ def test_square_sum_is_the_norm_that_torch_clips_by(dtype: torch.dtype) -> None:
     )
     # An equal tensor is not the one to skip.
     assert gradients.square_sum(skip=gradients.views[1].clone()) == gradients.square_sum()
+
+
+def test_square_sum_does_not_depend_on_where_tensors_are_cut() -> None:
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    assert square_sum(list(x.split(1_600))) == pytest.approx(square_sum([x]), rel=1e-14)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
