@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,9 @@ from .lane import ThreadLane
 from .liveness import Liveness
 from .store import KeysMissing, StoreClient, proof
 from .store_server import StoreServer
+from .waiting import NowAndThen, ranks_in_words
+
+log = logging.getLogger("farspan")
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -66,7 +70,7 @@ class Rendezvous:
             port = self._server.port
         # Two connections, made at once, since each takes three round trips: heartbeats must not wait behind anything.
         dialling = ThreadLane("dialling")
-        watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by))
+        watching = dialling.submit(partial(StoreClient, host, port, rank, secret, timeout_s, leave_by, quiet=True))
         self.store = StoreClient(host, port, rank, secret, timeout_s, leave_by)
         self._watch = watching.get()
         dialling.close()
@@ -95,8 +99,15 @@ class Rendezvous:
         flag = "--wire-timeout" if timeout_s else "--join-timeout"
         timeout_s = timeout_s or self.timeout_s
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
+        waiting = NowAndThen()
+
+        def look() -> None:
+            self.liveness.check()
+            if waiting.due():
+                self._tell_whom_it_waits_for(topic, keys)
+
         try:
-            texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, self.liveness.check)
+            texts = self.store.trade(keys[self.rank], json.dumps(value), keys, timeout_s, look)
         except KeysMissing as error:
             missing = ", ".join(str(rank) for rank, key in enumerate(keys) if key in error.keys)
             if self._met:
@@ -109,6 +120,15 @@ class Rendezvous:
                 f"at {self.where} ({topic}); were all {self.world} ranks started?"
             ) from error
         return [json.loads(text) for text in texts]
+
+    def _tell_whom_it_waits_for(self, topic: str, keys: list[str]) -> None:
+        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        if missing:
+            where = repr(topic) if self._met else f"tcp://{self.where}"
+            log.info(
+                "rank %d: waiting at %s for %s (%d of %d are here)",
+                self.rank, where, ranks_in_words(missing), self.world - len(missing), self.world,
+            )  # fmt: skip
 
     def agree(self, values: dict[str, str]) -> None:
         """Raises `Mismatch`, naming the flag and both values, unless every rank brings the same `values`."""

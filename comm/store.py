@@ -36,6 +36,7 @@ from torch.distributed import Store
 
 from .errors import Occupied, RendezvousError, StoreLost
 from .interfaces import Interface, connect_from
+from .waiting import NowAndThen
 
 GREETING = b"farspan store 1\n"
 NONCE = 16
@@ -88,13 +89,21 @@ class StoreClient(Store):
 
     Any number of threads may ask at once: none waits for the answer of another, so groups can be made side by side.
     It leaves by the interface `via` [by the route]. Dials until `timeout_s`, also where the other side closes or is
-    late with its proof. Raises `RendezvousError` if nobody answers in time; at once if whoever answers is no farspan
-    store, or one with another secret; later, `StoreLost` when the connection is gone and `TimeoutError` for a key that
-    did not come.
+    late with its proof, and says so now and then unless it is `quiet`. Raises `RendezvousError` if nobody answers in
+    time; at once if whoever answers is no farspan store, or one with another secret; later, `StoreLost` when the
+    connection is gone and `TimeoutError` for a key that did not come.
     """
 
     def __init__(
-        self, host: str, port: int, rank: int, secret: bytes, timeout_s: float, via: Interface | None = None
+        self,
+        host: str,
+        port: int,
+        rank: int,
+        secret: bytes,
+        timeout_s: float,
+        via: Interface | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         super().__init__()
         self.where = f"{host}:{port}"
@@ -105,15 +114,15 @@ class StoreClient(Store):
         self._gone: Exception | None = None
         self._patient: Callable[[float], bool] = lambda seconds: seconds < timeout_s
         self._look_s = 0.2
-        self._socket = self._dial(host, port, via, secret)
+        self._socket = self._dial(host, port, via, secret, quiet)
         # Waiting for an answer has a deadline of its own, and so must the sending of a request.
         self._socket.settimeout(None)
         limit = struct.pack("@ll", max(int(timeout_s), 1), 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         threading.Thread(target=self._listen, name="store answers", daemon=True).start()
 
-    def _dial(self, host: str, port: int, via: Interface | None, secret: bytes) -> socket.socket:
-        deadline, told = time.monotonic() + self._timeout_s, False
+    def _dial(self, host: str, port: int, via: Interface | None, secret: bytes, quiet: bool) -> socket.socket:
+        deadline, waiting = time.monotonic() + self._timeout_s, NowAndThen()
         stranger = Occupied(
             f"rank {self._rank}: {self.where} does not answer as farspan's rank 0 does, or has another secret "
             "(--secret-file); is another program, or another run, at --dist-url?"
@@ -140,11 +149,12 @@ class StoreClient(Store):
                     ) from error
                 if connection is not None:
                     connection.close()
-                    if not told:
-                        log.warning(
-                            "rank %d: no answer yet from what listens at %s; dialling again", self._rank, self.where
-                        )
-                    told = True
+                if waiting.due() and not quiet:
+                    trouble = error if connection is None else "what listens there does not answer"
+                    log.info(
+                        "rank %d: waiting for the master at tcp://%s (%s), %.0f s more at most",
+                        self._rank, self.where, trouble, deadline - time.monotonic(),
+                    )  # fmt: skip
             time.sleep(0.2)
 
     def _prove(self, connection: socket.socket, secret: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from ..comm.errors import Mismatch
 from ..comm.group import Group
 from ..comm.lane import Lane, Recorder
 from ..comm.topology import Coord, Topology
+from ..comm.waiting import NowAndThen
 from ..pipeline.executor import Executor
 from ..pipeline.replicas import Replicas
 from .checkpoint import Progress
@@ -28,7 +30,11 @@ from .precision import LossScaler
 from .schedules import lr_share
 from .usage import Usage
 
+TELL_S = 60.0
+"""Seconds between two lines of a rank that has no progress bar."""
 STOPPED = "stopped, to be resumed by the same command,"
+
+log = logging.getLogger("farspan")
 
 
 class Diverged(RuntimeError):
@@ -117,6 +123,7 @@ class Trainer:
         or "". A checkpoint of that point has been written."""
         c = self.config
         per_update = c.gradient_accumulate_step * self.topology.replicas * c.batch_size * c.seq_length
+        telling, told = NowAndThen(TELL_S), (progress.step, time.perf_counter())
         for update in range(progress.updates, c.updates):
             start = time.perf_counter()
             batches, cursor = self.feed.next_update()
@@ -172,6 +179,11 @@ class Trainer:
                 scaling = {"loss_scale": scale, "skipped": progress.skipped} if self.scaler is not None else {}
                 used = self.usage.row(verdict.told) if self.usage is not None else {}
                 self.metrics.write({**row, "tasks": self.feed.shares, **used, **scaling, **held_out})
+            elif telling.due():
+                pace = (time.perf_counter() - told[1]) / (progress.step - told[0])
+                told = progress.step, time.perf_counter()
+                rank = self.topology.rank(self.place)
+                log.info("rank %d: step %d of %d, %.2f s a step", rank, progress.step, c.total_steps, pace)
             # The best so far is always saved. What was evaluated and what is saved are the same weights.
             if saves(c, progress.step) or reason or progress.best_step == progress.step:
                 self.save(progress)

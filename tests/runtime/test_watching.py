@@ -6,10 +6,12 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from farspan.runtime.metrics import Metrics
 from farspan.runtime.picture import COLOURS
 from farspan.runtime.profiling import Profile
 from farspan.runtime.wiring import Wires
+from faults import talkative
 from launch import RESUMABLE, Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]
@@ -330,3 +333,11 @@ def test_threads_are_shared_out(flags: Flags) -> None:
     with Run(1, 1, flags(load_checkpoint="false"), env={"OMP_NUM_THREADS": "1"}) as run:
         run.succeed()
     assert "1 thread(s) (OMP_NUM_THREADS)" in run.err(0)
+
+
+def test_a_rank_without_a_progress_bar_says_how_far_the_run_is(flags: Flags) -> None:
+    with Run(2, 1, flags(), faults={1: partial(talkative, 0.0)}) as run:
+        run.succeed()
+    said = re.findall(r"^rank 1: step (\d) of 6, \d+\.\d\d s a step$", run.err(1), re.MULTILINE)
+    assert said == list("123456")
+    assert "rank 0: step" not in run.err(0)

@@ -13,7 +13,7 @@ from farspan.comm.gloo import GlooGroup
 from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
 from farspan.pipeline.stage import Stage
-from farspan.runtime import checkpoint, prepare, train
+from farspan.runtime import checkpoint, prepare, train, trainer
 from farspan.runtime.checkpoint import Checkpoints
 from farspan.runtime.evaluate import Evaluation
 
@@ -86,6 +86,11 @@ def inf_gradient(updates: int) -> None:
 def slow_forward(seconds: float) -> None:
     """The first forward of this rank's stage takes so long."""
     _before(Stage, "forward", 1, lambda: time.sleep(seconds))
+
+
+def talkative(seconds: float) -> None:
+    """This rank says how far the run is so often."""
+    trainer.TELL_S = seconds
 
 
 def _die_once(ready: Callable[[], bool]) -> None:
