@@ -203,7 +203,8 @@ class WatchFlags:
     project_name: str = _flag("farspan", "wandb project; WANDB_NAME names the run")
     log_steps: int = _flag(
         0,
-        "print a line each time this many updates are done; 0: only the progress bar, or one a minute without a terminal",
+        "print a line each time this many updates are done; 0: only the progress bar, or without a terminal a line a "
+        "minute",
         agree=False,
     )
     profiling: str = _flag(
