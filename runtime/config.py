@@ -122,6 +122,10 @@ class DataFlags:
     special_tokens: str = _flag(
         "", 'JSON file of tokens to add to tokenizer and model: {"tokens": ["<START_Q>", …]}', agree=False
     )
+    chat_template: str = _flag(
+        "", "chatml, llama2, llama3, alpaca, vicuna, zephyr, or a file (Jinja): how messages are rendered "
+        "[the tokenizer's own]", agree=False,
+    )  # fmt: skip
     bad_lines: str = _flag("error", "what a line that cannot be used does", choices=("error", "skip"))
     data_workers: int = _flag(
         0, "processes that tokenise ahead of the run; 0: rank 0 does it beside its stage", agree=False

@@ -42,7 +42,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         differ.discard(TOKENIZER)
     told = {
         TOKENIZER: "--tokenizer-name is another tokenizer than the one",
-        SPECIAL_TOKENS: "--special-tokens names other tokens, or in another order, than",
+        SPECIAL_TOKENS: "--special-tokens (or --chat-template) adds other tokens, or in another order, than",
     }
     lines = {key: told.get(key, f"{key} is {now[key]!r} and was {then[key]!r}") for key in now if key in differ}
     for key, line in lines.items():

@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .recipe import Fault, Raw, Recipe, parse
-from .task_spec import DataError
+from .recipe import Fault, Raw, Recipe, conversation, parse
+from .task_spec import DataError, TaskSpec
 from .tasks import Readable, unusable
 
+CHATS = {
+    "messages": 'conversations ("role", "content")',
+    "conversations": 'ShareGPT\'s form ("from", "value")',
+    "instruction": 'Alpaca\'s form ("instruction", "input", "output")',
+}
 TRIED = 16
 SHOWN = 8  # fields of a row that are named
 LONGEST = 24  # characters of a field's name
 
+log = logging.getLogger("farspan")
+
 
 def first_rows(source: Readable) -> Sequence[Raw]:
     return source.read(np.arange(min(TRIED, source.rows)))
+
+
+def recognised(spec: TaskSpec, source: Readable) -> TaskSpec:
+    """`spec`; where its form was not said and its first rows hold conversations and no text, the form that reads
+    them."""
+    if spec.told:
+        return spec
+    rows = []
+    for raw in first_rows(source):
+        with suppress(Fault):
+            rows.append(parse(raw) if isinstance(raw, bytes) else raw)
+    if any(isinstance(row.get(spec.text), str) for row in rows):
+        return spec
+    for name, whose in CHATS.items():
+        if any(_is_chat(row, name) for row in rows):
+            log.info(
+                '%s: rows of %s, read as "messages": "%s", "loss_on": "completion" (--task-config may say otherwise)',
+                spec.path, whose, name,
+            )  # fmt: skip
+            return replace(spec, text="", messages=name, loss_on="completion")
+    return spec
+
+
+def _is_chat(row: Mapping[str, Any], name: str) -> bool:
+    try:
+        conversation(row, name)
+    except Fault:
+        return False
+    return True
 
 
 def try_rows(recipe: Recipe, source: Readable, skip_bad: bool) -> None:
@@ -78,11 +117,7 @@ def _example(kinds: Mapping[str, str]) -> str:
 
 
 def _kind(value: Any) -> str:  # noqa: ANN401 - JSON
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value)
-    ):
+    if isinstance(value, list) and _is_chat({"": value}, ""):
         return "conversation"
     if value is None:
         return "null"

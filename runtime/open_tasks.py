@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import Config
 from .continuity import SPECIAL_TOKENS, TOKENIZER, brief, digest
-from .first_rows import try_rows
+from .first_rows import recognised, try_rows
 from .lines import LineFile
 from .pretokenized import TokenFolder, is_pretokenized
 from .recipe import Recipe
@@ -59,7 +59,8 @@ def open_task(spec: TaskSpec, cache: Path, vocabulary: Vocabulary) -> tuple[Reci
     otherwise.
     """
     if not is_pretokenized(Path(spec.path)):
-        return vocabulary.recipe(spec), open_source(spec, cache)
+        source = open_source(spec, cache)
+        return vocabulary.recipe(recognised(spec, source)), source
     folder = TokenFolder(Path(spec.path), vocabulary.digest)
     recipe = vocabulary.recipe(folder.says(spec))
     folder.check(recipe.makes())

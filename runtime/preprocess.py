@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import Config, ConfigError, flag_options
-from .first_rows import try_rows
+from .first_rows import recognised, try_rows
 from .open_tasks import make_pool, open_source, specs_of
 from .pretokenized import TokenWriter, is_pretokenized
 from .recipe import Block
@@ -26,7 +26,7 @@ from .tokenizer import Vocabulary
 
 FLAGS = (
     "task_name", "task_config", "tokenizer_name", "data_cache", "document_separator", "bos", "eos", "special_tokens",
-    "bad_lines", "data_workers",
+    "chat_template",    "bad_lines", "data_workers",
 )  # fmt: skip
 HELP = {
     "task_name": "the task: a.jsonl, b.jsonl.gz, c.parquet, hf://org/data",
@@ -86,7 +86,7 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     if is_pretokenized(Path(specs[0].path)):
         raise DataError(f"{specs[0].path} is tokenised already")
     source = open_source(specs[0], Path(config.data_cache))
-    recipe = vocabulary.recipe(specs[0])
+    recipe = vocabulary.recipe(recognised(specs[0], source))
     writer = TokenWriter(output, vocabulary.size, vocabulary.digest, recipe.makes())
     pool = make_pool([recipe], config)
     bad = 0

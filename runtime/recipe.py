@@ -23,6 +23,10 @@ Raw = bytes | Mapping[str, Any]
 Span = tuple[int, int]
 
 
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
+"""Who speaks, by ShareGPT's names → by those of chat templates."""
+
+
 class Fault(ValueError):
     """A row that cannot be used, and why."""
 
@@ -185,15 +189,33 @@ class Recipe:
         return text, [(start, len(text))]
 
     def _messages(self, row: Mapping[str, Any]) -> tuple[str, list[Span]]:
-        messages = row.get(self.spec.messages)
-        good = isinstance(messages, list) and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if not good or not messages:
-            raise Fault(f'expected a list of {{"role": …, "content": …}} under "{self.spec.messages}"')
         assert self.render is not None
-        return self.render(messages)
+        return self.render(conversation(row, self.spec.messages))
+
+
+def conversation(row: Mapping[str, Any], name: str) -> list[dict[str, str]]:
+    """The messages under `name`, as chat templates take them; ShareGPT's, and a row of Alpaca's as a turn of the user
+    and one of the assistant. Raises `Fault`."""
+    said = row.get(name)
+    if isinstance(said, str) and isinstance(answer := row.get("output"), str):
+        given = row.get("input") or ""
+        if not isinstance(given, str):
+            raise Fault(f'expected a string under "input", beside "{name}" and "output"')
+        return [
+            {"role": "user", "content": f"{said}\n\n{given}" if given else said},
+            {"role": "assistant", "content": answer},
+        ]
+    messages: list[dict[str, str]] = []
+    turns = said if isinstance(said, list) else []
+    for one in turns:
+        keys = ("from", "value") if isinstance(one, Mapping) and "from" in one else ("role", "content")
+        role, content = (one.get(key) if isinstance(one, Mapping) else None for key in keys)
+        if not isinstance(role, str) or not isinstance(content, str):
+            break
+        messages.append({"role": SHAREGPT.get(role, role) if keys[0] == "from" else role, "content": content})
+    if not messages or len(messages) < len(turns):
+        raise Fault(f'expected a list of {{"role": …, "content": …}} or {{"from": …, "value": …}} under "{name}"')
+    return messages
 
 
 def parse(raw: bytes) -> Mapping[str, Any]:

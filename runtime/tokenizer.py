@@ -8,13 +8,14 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .chat import NAMED, ChatRender, find_chat, use_chat
 from .config import Config, ConfigError
 from .load_tokenizer import load
-from .recipe import BackendEncoder, Encoded, Encoder, Fault, Frame, Recipe, Span
+from .recipe import BackendEncoder, Encoded, Encoder, Frame, Recipe
 from .task_spec import DataError, TaskSpec
 
 if TYPE_CHECKING:
@@ -25,19 +26,29 @@ log = logging.getLogger("farspan")
 
 
 class Vocabulary:
-    """The tokenizer that a config names, with --special-tokens added. Raises `ConfigError`."""
+    """The tokenizer that a config names, with --special-tokens and --chat-template. Raises `ConfigError`."""
 
     def __init__(self, config: Config) -> None:
         self.name = config.tokenizer_name or config.model_name
         tokenizer, self._folder = load(self.name)
         self.known = _size(tokenizer)  # ids before any was added
+        chat = find_chat(config.chat_template) if config.chat_template else None
         self.added = _special_tokens(config.special_tokens)
+        self.added += [token for token in (chat.tokens if chat else ()) if token not in self.added]
+        told = {"special-tokens": config.special_tokens, "chat-template": config.chat_template}
         if self.added:
             tokenizer.add_special_tokens({"additional_special_tokens": self.added}, False)
             ids = list(tokenizer.get_vocab().values())
             if len(set(ids)) < len(ids):  # where there are holes, new ones are counted from the number of tokens
-                raise ConfigError(
-                    f"--special-tokens {config.special_tokens}: {self.name} gives them ids of other tokens"
+                flags = " and ".join(f"--{k} {v}" for k, v in told.items() if v)
+                raise ConfigError(f"{flags}: {self.name} gives new tokens the ids of others")
+        if chat is not None:
+            use_chat(config.chat_template, chat, tokenizer)
+            self._folder = None  # what lies there is another tokenizer now
+            if chat.tokens:
+                named = " ".join(chat.tokens)
+                log.info(
+                    "--chat-template %s: %s are tokens, and %s is the end token", config.chat_template, named, chat.end
                 )
         self.tokenizer = tokenizer
         self.size = _size(tokenizer)
@@ -57,7 +68,10 @@ class Vocabulary:
         if spec.loss_on == "completion" and not isinstance(self.encoder, BackendEncoder):
             raise DataError(f"{spec.path}: loss_on completion needs a tokenizer with a tokenizer.json ({self.name})")
         if spec.messages and not self.tokenizer.chat_template:
-            raise DataError(f"{spec.path}: messages need a tokenizer with a chat template, and {self.name} has none")
+            raise DataError(
+                f"{spec.path}: messages need a chat template, and {self.name} has none: "
+                f"--chat-template {', '.join(NAMED)} or a file"
+            )
         render = ChatRender(self.tokenizer, spec.loss_on == "completion") if spec.messages else None
         return Recipe(spec, self.encoder, self._frame_of(spec), render)
 
@@ -111,35 +125,6 @@ class Vocabulary:
 def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id and one: there may be more ids than tokens."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-class ChatRender:
-    """A conversation by the tokenizer's chat template, and the spans of what the assistant says."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, spans: bool) -> None:
-        self._tokenizer, self._spans = tokenizer, spans
-        self.digest = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()[:8]
-
-    def __call__(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
-        text = self._render(messages, False)
-        spans = []
-        for number, message in enumerate(messages) if self._spans else []:
-            if message["role"] == "assistant":
-                if not number:
-                    raise Fault("the assistant speaks first, and its words cannot be told from what the template adds")
-                before = self._render(messages[:number], True)
-                after = self._render(messages[: number + 1], False)
-                if not (text.startswith(after) and after.startswith(before)):
-                    raise Fault("the chat template does not render turn by turn, so completions cannot be told apart")
-                spans.append((len(before), len(after)))
-        return text, spans
-
-    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        try:
-            made: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates raise what they like, to refuse an order of roles
-            raise Fault(f"the chat template refuses it: {error}") from error
-        return made
 
 
 class _PlainEncoder:

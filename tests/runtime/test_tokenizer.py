@@ -144,7 +144,7 @@ def test_a_tokenizer_with_holes_in_its_ids(tmp_path: Path) -> None:
     told = Config(tokenizer_name=str(tmp_path), special_tokens=str(tmp_path / "tokens.json"))
     assert Vocabulary(told).size == 71
     holed(hello=3)
-    with pytest.raises(ConfigError, match=r"tokens\.json: .* gives them ids of other tokens"):
+    with pytest.raises(ConfigError, match=r"tokens\.json: .* gives new tokens the ids of others"):
         Vocabulary(told)
 
 
@@ -167,7 +167,7 @@ def test_a_conversation_is_rendered_by_the_template(tmp_path: Path) -> None:
     assert tokens[targets].tolist() == [4, 5, 8, 3, 8]
     assert vocabulary.recipe(TaskSpec("a", messages="chat"))([row]).targets is None
     plain = Vocabulary(Config(tokenizer_name=make(tmp_path / "plain")))
-    with pytest.raises(DataError, match="messages need a tokenizer with a chat template"):
+    with pytest.raises(DataError, match=r"messages need a chat template, and .*: --chat-template chatml, .* or a file"):
         plain.recipe(spec)
 
 
@@ -242,7 +242,10 @@ def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog:
         ({"bos": "no"}, r"--bos is \[\] and was \[1\]"),
         ({"eos": "yes"}, r"--eos is \[2\] and was \[\]"),
         ({"tok": "longer"}, "--tokenizer-name is another tokenizer than the one when"),
-        ({"special_tokens": str(tmp_path / "ab.json")}, "--special-tokens names other tokens, or in another order"),
+        (
+            {"special_tokens": str(tmp_path / "ab.json")},
+            r"\(or --chat-template\) adds other tokens, or in another order",
+        ),
         ({"task": {"template": "{t}"}}, r"a\.jsonl: its text, template"),
         ({"task": {"text": "u"}}, r"a\.jsonl: its text, template"),
         ({"task": {"messages": "m"}}, r"a\.jsonl: its text, template"),
@@ -250,7 +253,7 @@ def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog:
         with pytest.raises(DataError, match=reason):
             goes_on(state, **changes)
     added = made(special_tokens=str(tmp_path / "ab.json")).state()
-    with pytest.raises(DataError, match="--special-tokens names other tokens, or in another order"):
+    with pytest.raises(DataError, match=r"\(or --chat-template\) adds other tokens, or in another order"):
         goes_on(added, special_tokens=str(tmp_path / "ba.json"))
     chat = made(task={"messages": "m"}).state()
     goes_on(chat, task={"messages": "m"}, document_separator=" ")  # frames no conversation
