@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from .errors import InterfaceError, LinkTimeout, PeerLost, WireError
-from .group import add_in_order
+from .group import add_in_order, only_other
 from .staging import placed
 
 # Members ask a store that can for all others' addresses at once, and not for one after the other.
@@ -53,6 +53,7 @@ class GlooGroup:
         self, store: Store, name: str, members: tuple[int, ...], rank: int, interface: str, timeout_s: float
     ) -> None:
         self.name, self.members, self.rank, self.interface = name, members, rank, interface
+        self._other = only_other(members, rank)
         options = ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         try:
@@ -146,12 +147,6 @@ class GlooGroup:
     def close(self) -> None:
         # A group that is alive when the interpreter ends sometimes aborts the process.
         self._pg.shutdown()
-
-    @property
-    def _other(self) -> int | None:
-        """The one other member where there is just one: then even a collective's failure can be blamed."""
-        others = [member for member in self.members if member != self.rank]
-        return others[0] if len(others) == 1 else None
 
     def _run(self, start: Callable, peer: int | None, timeout_s: float, operation: str) -> None:
         with self._errors(f"{operation} in group {self.name}", peer):

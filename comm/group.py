@@ -56,6 +56,12 @@ class Group(Protocol):
     def close(self) -> None: ...
 
 
+def only_other(members: tuple[int, ...], rank: int) -> int | None:
+    """The one other member where there is just one: then even a collective's failure can be blamed."""
+    others = [member for member in members if member != rank]
+    return others[0] if len(others) == 1 else None
+
+
 def add_in_order(places: Tensor, arrived: Tensor, own: int) -> None:
     """The end of a reduce-scatter: `places[own]` [n] becomes its sum with `arrived[m]` of all others m, in the members'
     order. Both [size × n]; `arrived[own]` is free."""

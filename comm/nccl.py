@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from .errors import InterfaceError, LinkTimeout, PeerLost, WireError
-from .group import add_in_order
+from .group import add_in_order, only_other
 from .lane import ThreadLane
 from .staging import placed
 from .watchdog import Watchdog
@@ -118,6 +118,7 @@ class NcclGroup:
         watchdog: Watchdog,
     ) -> None:
         self.name, self.members, self.rank, self.interface = name, members, rank, interface
+        self._other = only_other(members, rank)
         self._device, self._timeout_s, self._watchdog = device, timeout_s, watchdog
         self._nccl = load()
         # cupy has no words for every status (13.6 and 14.2: for 0 to 6), and raises a KeyError for the others.
@@ -237,12 +238,6 @@ class NcclGroup:
                 self._busy.release()
 
     # ---- the rest is this group's own
-
-    @property
-    def _other(self) -> int | None:
-        """The one other member where there is just one: then even a collective's failure can be blamed."""
-        others = [member for member in self.members if member != self.rank]
-        return others[0] if len(others) == 1 else None
 
     def _alive(self) -> None:
         if self._error is not None:

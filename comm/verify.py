@@ -1,10 +1,11 @@
 """Is it the peer at the other end, and did the bytes really take the interface that was named?
 
 Gloo's ports take whoever comes first with the number of a pair, for that pair's peer. So the first message over each
-connection is one that only ranks of this run can make. That it took the named interface, the interfaces' own counters
-say:
+connection is one that only ranks of this run can make.
+
 Gloo listens at the named interface's address, and the peer's machine connects to that address by whatever route it has:
-two interfaces in one subnet, or a gateway on the other one, and the traffic goes elsewhere without a word.
+two interfaces in one subnet, or a gateway on the other one, and the traffic goes elsewhere without a word. So the
+interfaces' own counters are asked which of them carried those messages.
 """
 
 from __future__ import annotations

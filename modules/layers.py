@@ -130,6 +130,11 @@ def hf_names(spec: ModelSpec, unit: int) -> dict[str, str]:
     return names
 
 
+def mix_seed(seed: int, number: int) -> int:
+    """One number for both, another for each pair (`number` from 0 to 1,000,002). Checkpoints and runs depend on it."""
+    return seed * 1_000_003 + number
+
+
 @torch.no_grad()
 def init_unit(module: nn.Module, spec: ModelSpec, unit: int, seed: int) -> None:
     """Initialise as HF does: N(0, init_std) for matrices, 1 for norms, 0 for biases (and a padding token's row).
@@ -138,7 +143,7 @@ def init_unit(module: nn.Module, spec: ModelSpec, unit: int, seed: int) -> None:
     head draws what the embedding draws.
     """
     drawn_as = 0 if spec.tied and unit == spec.head_unit else unit
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + drawn_as) % 2**63)
+    generator = torch.Generator().manual_seed(mix_seed(seed, drawn_as) % 2**63)
     for name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -64,7 +64,7 @@ def one_f_one_b(stages: int, micro_batches: int, ahead: int = 1) -> Plan:
     """Forwards to fill the pipeline, then a backward and a forward in turn.
 
     `ahead` is the number of forwards in flight for each hop to the last stage: 1 is the textbook's; more keeps far
-    stages busy while activations travel. A stage's peak of live activations is `live_bound(stages, …)`.
+    stages busy while activations travel. A stage keeps at most (stages − 1 − stage) × ahead + 1 micro-batches alive.
     """
 
     def row(stage: int) -> Row:
@@ -87,11 +87,6 @@ def forward_only(stages: int, micro_batches: int) -> Plan:
 def trains(row: Row) -> bool:
     """Whether `row` has a backward. One without any is an evaluation's."""
     return any(action.op is Op.BACKWARD for action in row)
-
-
-def live_bound(stages: int, stage: int, micro_batches: int, ahead: int = 1) -> int:
-    """The most activations that `one_f_one_b` keeps alive at `stage`."""
-    return min(micro_batches, (stages - 1 - stage) * ahead + 1)
 
 
 def live_activations(row: Row) -> int:

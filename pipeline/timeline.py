@@ -39,11 +39,6 @@ class Timeline:
         wanted = set(lanes)
         return sum(s.end - s.start for s in self.spans if s.lane in wanted)
 
-    def bubble(self, lanes: Iterable[str]) -> float:
-        """The share of time, 0 to 1, in which the computing `lanes` had nothing to compute."""
-        wanted = list(lanes)
-        return 1 - self.busy(wanted) / (len(wanted) * self.seconds) if wanted and self.seconds else 0.0
-
 
 class Meter:
     """Seconds of work by lane, since the start. Cheap enough to be always on; `timeline` keeps each span as well.

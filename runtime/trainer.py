@@ -18,6 +18,7 @@ from ..comm.group import Group
 from ..comm.lane import Lane, Recorder
 from ..comm.topology import Coord, Topology
 from ..comm.waiting import NowAndThen
+from ..modules.layers import mix_seed
 from ..pipeline.executor import Executor
 from ..pipeline.replicas import Replicas
 from .checkpoint import Progress
@@ -131,7 +132,7 @@ class Trainer:
             scale = self.scaler.scale if self.scaler is not None else 1.0
             losses: list[Tensor] = []
             for number, batch in enumerate(batches, update * c.gradient_accumulate_step):
-                seed = (c.seed * 1_000_003 + number) * self.topology.replicas + self.place.replica
+                seed = mix_seed(c.seed, number) * self.topology.replicas + self.place.replica
                 if number + 1 == (update + 1) * c.gradient_accumulate_step:
                     self.replicas.overlap(self.lane)
                 losses.append(self.executor.step(batch, seed, scale))

@@ -34,6 +34,8 @@ ENTRY_SCRIPTS = {
 }
 # Imported where they are used, never because a room's file was imported.
 HEAVY = ("wandb", "transformers", "sentencepiece", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
+# Named by nobody here: a library calls them.
+CALLED_BY_OTHERS = {"emit", "has_extended_api"}
 
 
 class Import(NamedTuple):
@@ -110,6 +112,19 @@ def habit_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]
                 yield node.lineno, "an error is swallowed"
 
 
+def defined_and_named(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """The functions and classes that a file defines, and what it names in an expression."""
+    defined, named = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute):
+            named.add(node.id if isinstance(node, ast.Name) else node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named.add(node.value)
+    return defined, named
+
+
 def faults(path: str, source: str) -> list[str]:
     """What `source` does against the rules, were it the file `path` of the repository."""
     where, tree = PurePosixPath(path), ast.parse(source)
@@ -128,6 +143,17 @@ def test_every_file_keeps_the_rules() -> None:
     files = [path.relative_to(REPO).as_posix() for path in sources()]
     assert {path.split("/")[0] for path in files} >= {*ROOMS, "tests", "dist_train.py", "__init__.py"}
     assert [fault for path in files for fault in faults(path, (REPO / path).read_text(encoding="utf-8"))] == []
+
+
+def test_nothing_in_a_room_serves_tests_alone() -> None:
+    """What tests need lies in tests/support."""
+    defined, named = set(), set(CALLED_BY_OTHERS)
+    for path in sources():
+        place = path.relative_to(REPO).parts[0]
+        here = defined_and_named(ast.parse(path.read_text(encoding="utf-8")))
+        defined |= here[0] if place in ROOMS else set()
+        named |= here[1] if place != "tests" else set()
+    assert {name for name in defined - named if not name.startswith("__")} == set()
 
 
 @pytest.mark.parametrize(

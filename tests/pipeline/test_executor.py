@@ -21,9 +21,10 @@ from farspan.modules.loss import count_valid, cross_entropy_sum
 from farspan.modules.shards import ShardStore
 from farspan.pipeline.executor import Batch, Edges, Executor
 from farspan.pipeline.partition import stage_units
-from farspan.pipeline.schedule import Op, Plan, forward_only, gpipe, live_bound, lower, one_f_one_b
+from farspan.pipeline.schedule import Op, Plan, forward_only, gpipe, lower, one_f_one_b
 from farspan.pipeline.stage import Stage
 from memory import MemoryGroup, MemoryWire
+from plans import live_bound
 from tiny import VOCAB, make_model
 from torch import Tensor, nn
 

@@ -13,7 +13,6 @@ from farspan.pipeline.schedule import (
     forward_only,
     gpipe,
     live_activations,
-    live_bound,
     lower,
     one_f_one_b,
     show,
@@ -21,6 +20,7 @@ from farspan.pipeline.schedule import (
 from farspan.pipeline.simulate import Costs, PlanError, simulate, validate
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from plans import live_bound
 from torch.distributed.pipelining import schedules as torchs
 
 GPIPE = """\

@@ -16,21 +16,18 @@ def timeline() -> Timeline:
     return made
 
 
-def test_busy_seconds_and_bubble(timeline: Timeline) -> None:
+def test_busy_seconds(timeline: Timeline) -> None:
     assert timeline.seconds == 8.0
     assert timeline.busy(["forward"]) == 2.0
     assert timeline.busy(["forward", "backward"]) == 5.0
     assert timeline.busy(["nothing"]) == 0.0
-    assert timeline.bubble(["forward"]) == 1 - 2 / 8
-    assert timeline.bubble(["forward", "backward"]) == 1 - 5 / 16
-    assert timeline.bubble(iter(["forward", "backward"])) == 1 - 5 / 16
+    assert timeline.busy(iter(["forward", "backward"])) == 5.0
 
 
-def test_an_empty_timeline_has_no_seconds_and_no_bubble() -> None:
+def test_an_empty_timeline_has_no_seconds() -> None:
     empty = Timeline()
     assert empty.seconds == 0.0
     assert empty.busy(["forward"]) == 0.0
-    assert empty.bubble(["forward"]) == 0.0
 
 
 def test_a_meter_counts_seconds_by_lane_and_leaves_votes_out() -> None:
