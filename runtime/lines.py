@@ -3,7 +3,8 @@
     <cache>/<digest of the path>-<digest of size and time>.index.npy   int64 starts (bytes) of all lines not blank
     <cache>/<digest of the path>-<digest of size and time>.lines       the content of a .gz or .zst
 
-A file that changed has another digest, so its index is made anew; what an older state of it left is removed.
+A file that changed has another digest, so its index is made anew; what an older state of it left is removed. Both are
+sealed (`cached.py`), and made anew where they are damaged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .cached import is_whole, making
 from .task_spec import DataError
 
 CHUNK = 1 << 24  # bytes looked at in one go
@@ -47,12 +49,12 @@ class LineFile:
         try:
             if path.suffix in (".gz", ".zst"):
                 plain = cache / f"{name}.lines"
-                if not plain.exists():
+                if not is_whole(plain):
                     _forget(cache, key, name)
                     _decompress(path, plain)
             self._file = os.open(plain, os.O_RDONLY)
             index = cache / f"{name}.index.npy"
-            if not index.exists():
+            if not is_whole(index):
                 _forget(cache, key, name)
                 _write_index(plain, index)
         except OSError as error:
@@ -103,15 +105,10 @@ def _forget(cache: Path, key: str, name: str) -> None:
 
 
 def _write_index(path: Path, index: Path) -> None:
-    partial = index.with_name(f"{index.name}.{os.getpid()}.partial")
-    try:
-        with path.open("rb") as file, partial.open("wb") as out:
-            starts = [*_starts(file)]
-            end = np.array([file.tell()], dtype=np.int64)
-            np.save(out, np.concatenate([*starts, end]))
-        os.replace(partial, index)
-    finally:
-        partial.unlink(missing_ok=True)
+    with path.open("rb") as file, making(index) as out:
+        starts = [*_starts(file)]
+        end = np.array([file.tell()], dtype=np.int64)
+        np.save(out, np.concatenate([*starts, end]))
 
 
 def _starts(file: BinaryIO) -> Iterator[np.ndarray]:
@@ -152,14 +149,9 @@ def _is_blank(file: BinaryIO, chunk: bytes, offset: int, start: int) -> bool:
 def _decompress(path: Path, plain: Path) -> None:
     """Once, whole or not at all. Raises `DataError` for a file that is cut off or broken."""
     log.info("notice: decompressing %s (%s) into --data-cache", path, _gigabytes(path.stat().st_size))
-    partial = plain.with_name(f"{plain.name}.{os.getpid()}.partial")
-    try:
-        with path.open("rb") as file, partial.open("wb") as out:
-            for piece in _gunzip(file, path) if path.suffix == ".gz" else _unzstd(file, path):
-                out.write(piece)
-        os.replace(partial, plain)
-    finally:
-        partial.unlink(missing_ok=True)
+    with path.open("rb") as file, making(plain) as out:
+        for piece in _gunzip(file, path) if path.suffix == ".gz" else _unzstd(file, path):
+            out.write(piece)
     log.info("notice: %s takes %s in %s", path.name, _gigabytes(plain.stat().st_size), plain.parent)
 
 

@@ -49,6 +49,10 @@ class Metrics:
         self.last_loss = row["loss"]
         self._terminal.write(row)
 
+    def to_disk(self) -> None:
+        """A checkpoint that counts these rows must not outlive them in a power cut."""
+        os.fsync(self._file.fileno())
+
     def close(self, exit_code: int = 0) -> None:
         self._terminal.close()
         self._file.close()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cached import is_whole, seal
 from .task_spec import DataError, TaskSpec
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DownloadMode
 
 HUB = "hf://"
 SUFFIXES = {".parquet": "parquet", ".csv": "csv"}
+
+log = logging.getLogger("farspan")
 
 
 def is_table(path: str) -> bool:
@@ -40,6 +44,46 @@ class Table:
         return f"{self.path}, row {number + 1}"
 
 
+def _whole(spec: TaskSpec, cache: Path) -> Dataset:
+    """From the cache, if what is there is as it was sealed; made anew where it is not, or cannot be opened."""
+    from datasets import DownloadMode
+    from datasets.exceptions import DatasetGenerationError
+
+    before = {str(path) for path in cache.rglob("*.arrow")}
+    try:
+        table = _open(spec, cache, DownloadMode.REUSE_DATASET_IF_EXISTS)
+        good = all(is_whole(Path(name)) for name in _files(table) if name in before)
+    except DatasetGenerationError:
+        raise  # it was being made: the source is at fault
+    except Exception as error:  # whatever its readers raise
+        if not before:
+            raise
+        log.info("notice: what is cached of %s cannot be opened (%s): making it anew", spec.path, type(error).__name__)
+        good = False
+    if not good:
+        table = _open(spec, cache, DownloadMode.REUSE_CACHE_IF_EXISTS)
+    for name in _files(table):
+        if not good or name not in before:
+            seal(Path(name))
+    return table
+
+
+def _open(spec: TaskSpec, cache: Path, mode: DownloadMode) -> Dataset:
+    import datasets
+
+    if spec.path.startswith(HUB):
+        name = spec.path.removeprefix(HUB)
+        return datasets.load_dataset(
+            name, spec.subset or None, split=spec.split, cache_dir=str(cache), download_mode=mode
+        )
+    kind = SUFFIXES[Path(spec.path).suffix]
+    return datasets.load_dataset(kind, data_files=[spec.path], split="train", cache_dir=str(cache), download_mode=mode)
+
+
+def _files(table: Dataset) -> list[str]:
+    return [file["filename"] for file in table.cache_files]
+
+
 def _load(spec: TaskSpec, cache: Path) -> Dataset:
     try:
         import datasets
@@ -51,12 +95,7 @@ def _load(spec: TaskSpec, cache: Path) -> Dataset:
     was_shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # the run's own bar is the only one
     try:
-        if spec.path.startswith(HUB):
-            name = spec.path.removeprefix(HUB)
-            return datasets.load_dataset(name, spec.subset or None, split=spec.split, cache_dir=str(cache / "tables"))
-        return datasets.load_dataset(
-            SUFFIXES[local.suffix], data_files=[str(local)], split="train", cache_dir=str(cache / "tables")
-        )
+        return _whole(spec, cache / "tables")
     except Exception as error:  # whatever its readers raise
         cause = error.__cause__ or error
         raise DataError(

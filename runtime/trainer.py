@@ -187,6 +187,8 @@ class Trainer:
                 log.info("rank %d: step %d of %d, %.2f s a step", rank, progress.step, c.total_steps, pace)
             # The best so far is always saved. What was evaluated and what is saved are the same weights.
             if saves(c, progress.step) or reason or progress.best_step == progress.step:
+                if self.metrics is not None:
+                    self.metrics.to_disk()
                 self.save(progress)
             if self.profiled is not None:
                 self.profiled()

@@ -27,7 +27,7 @@ from farspan.runtime.metrics import Metrics
 from farspan.runtime.picture import COLOURS
 from farspan.runtime.profiling import Profile
 from farspan.runtime.wiring import Wires
-from faults import talkative
+from faults import talkative, told_of_the_disk
 from launch import RESUMABLE, Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]
@@ -69,6 +69,15 @@ def test_rows_past_the_checkpoint_are_dropped_on_resume(flags: Flags, tmp_path: 
     with Run(1, 1, flags(checkpoint_steps=3)) as run:
         run.succeed()
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_counts_them(flags: Flags, tmp_path: Path) -> None:
+    log = tmp_path / "disk"
+    told = flags(checkpoint_steps=2, total_steps=4)
+    with Run(2, 1, told, faults={0: partial(told_of_the_disk, str(log))}) as run:
+        run.succeed()
+    words = [line for line in log.read_text().splitlines() if line in ("flushed metrics.jsonl", "named latest")]
+    assert words == ["flushed metrics.jsonl", "named latest"] * 2
 
 
 def test_a_crash_while_rows_are_dropped_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
