@@ -41,14 +41,21 @@ def open_backends(config: Config, start_step: int) -> list[Backend]:
 
 
 class _Wandb:
+    """One wandb run for all starts of a run: its id is in <checkpoint-path>/wandb/run-id. After a return to an earlier
+    checkpoint, steps that are done anew are drawn once more over `step`."""
+
     def __init__(self, config: Config, start_step: int) -> None:
         import wandb
 
+        kept = config.checkpoints / "wandb" / "run-id"
+        known = kept.read_text().strip() if start_step and kept.exists() else None
         try:
             self._run = wandb.init(
                 project=config.project_name,
                 dir=config.checkpoints,
                 config=config.public(),
+                id=known,
+                resume="allow",
                 # By default up to 15 s of rows are lost when the process is killed.
                 settings=wandb.Settings(x_transaction_log_flush_interval=0.2, x_disable_stats=True, console="off"),
             )
@@ -57,6 +64,8 @@ class _Wandb:
             raise ConfigError(
                 f"--train-log-backend wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline"
             ) from error
+        if not self._run.disabled:
+            kept.write_text(self._run.id)
         # wandb's own step must grow with each row; a row of an evaluation comes at the step of an update.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")

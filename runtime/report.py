@@ -11,7 +11,11 @@ from ..pipeline.step_time import StepTime
 from .config import Config
 from .measure import CONNECTIONS, Edge
 
-_PARTS = ("weights", "masters", "gradients", "moments", "activations", "work", "messages", "heap")
+# What is counted, and its name in a table of at most 100 columns.
+_PARTS = {
+    "weights": "weights", "masters": "masters", "gradients": "grads", "moments": "moments", "activations": "activ.",
+    "work": "work", "messages": "messages", "heap": "heap",
+}  # fmt: skip
 
 
 def report(
@@ -24,9 +28,14 @@ def report(
     problems: Sequence[str],
     better: str = "",
 ) -> str:
-    """Tables of the network, the memory and the weights, the simulated step with a line on what were `better`, and the
-    verdict."""
-    lines = ["", "network"]
+    """Tables of the ranks, the network, the memory and the weights, the simulated step with a line on what were
+    `better`, and the verdict."""
+    lines = ["", "ranks"]
+    rows = [["rank", "stage", "on"]]
+    for rank, told in enumerate(ranks):
+        where = [*told["pools"]][-1].split(" ")[0]  # a host, or a GPU of it
+        rows.append([str(rank), f"{topology.coord(rank).stage}: {told['what']}", where])
+    lines += [*_table(rows), "", "network"]
     rows = [["edge", "for", "round trip", "1 connection", f"{CONNECTIONS} connections", "a step's message"]]
     for edge, seen in figures:
         message = f"{1e3 * (seen.burst_s[-1] + seen.turn_s):.1f} ms" if seen.burst_s else ""
@@ -37,18 +46,16 @@ def report(
     lines += _table(rows) if len(rows) > 1 else ["  one process: none is needed"]
 
     lines += ["", "memory, GiB"]
-    rows = [["rank", "stage", *_PARTS, "together", "free"]]
+    rows = [["rank", *_PARTS.values(), "all", "free"]]
     for rank, told in enumerate(ranks):
-        need, place = told["need"], topology.coord(rank)
-        total = sum(need[part] for part in _PARTS)
-        free = " + ".join(f"{free / 2**30:.1f} ({pool.split(' ')[0]})" for pool, (free, _) in told["pools"].items())
-        rows.append(
-            [str(rank), f"{place.stage}: {told['what']}", *(_gib(need[part]) for part in _PARTS), _gib(total), free]
-        )
+        need = [told["need"][part] for part in _PARTS]
+        free = " + ".join(_gib(free) for free, _ in told["pools"].values())
+        rows.append([str(rank), *map(_gib, need), _gib(sum(need)), free])
     lines += _table(rows)
     lines += [
-        "  beside what a process holds before it loads a model. activations: of the micro-batches alive at once; work:",
-        "  what comes and goes; heap: malloc's holes, on a CPU. Ranks of one host or GPU share what is free",
+        "  beside what a process holds before it loads a model. activ.: activations of the micro-batches",
+        "  alive at once; work: what comes and goes; heap: malloc's holes, on a CPU. Ranks of one host or",
+        "  GPU share what is free",
     ]
 
     lines += ["", "weights"]
@@ -86,8 +93,8 @@ def report(
         lines += [
             "",
             f"an update: {step.seconds:.2f} s simulated, {pace}",
-            f"  pipeline {step.pipeline:.2f} s, sums not hidden behind it {step.sums:.2f} s, vote {step.vote:.2f} s, "
-            f"optimizer {step.optimizer:.2f} s; the data, beside these, {step.feed:.2f} s",
+            f"  pipeline {step.pipeline:.2f} s, sums not hidden behind it {step.sums:.2f} s, vote {step.vote:.2f} s,",
+            f"  optimizer {step.optimizer:.2f} s; the data, beside these, {step.feed:.2f} s",
         ]
         if better:
             lines.append(better)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 LOSS_ON = ("all", "completion")
 FORMS = ("text", "template", "messages")
 HEAVIEST = 1e9
+SUFFIXES = re.compile(r"(\.(jsonl|json|gz|zst|parquet|csv|tokens))+/*$")
 
 
 class DataError(ValueError):
@@ -78,6 +82,22 @@ def read_task_config(path: Path) -> list[TaskSpec]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f'{path}: expected a list of tasks, [{{"path": …}}, …]')
     return [_checked(row, f"{path}, task {number}") for number, row in enumerate(rows, 1)]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """What metrics call the tasks of `paths`: a file's name without its suffix, with as many folders before it as tell
+    it from the others; then #2 … where that is not enough."""
+    split = [[part for part in SUFFIXES.sub("", path).split("/") if part] for path in paths]
+    names: list[str] = []
+    for path, parts in zip(paths, split, strict=True):
+        others = [other for told, other in zip(paths, split, strict=True) if told != path]
+        depth = 1
+        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
+            depth += 1
+        name = "/".join(parts[-depth:])
+        again = (f"{name}#{number}" for number in count(2))
+        names.append(name if name not in names else next(each for each in again if each not in names))
+    return names
 
 
 def _checked(row: dict[str, Any], where: str) -> TaskSpec:

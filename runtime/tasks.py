@@ -15,7 +15,7 @@ import numpy as np
 
 from .continuity import ADVICE, changes
 from .recipe import Block, Raw
-from .task_spec import DataError, TaskSpec, parse_tasks
+from .task_spec import DataError, TaskSpec, parse_tasks, short_names
 from .token_workers import Pending, Pool
 
 __all__ = ["Cursor", "DataError", "Drawn", "Source", "Task", "TaskMixture", "parse_tasks"]
@@ -305,6 +305,7 @@ class TaskMixture:
         """`made`: what makes all tasks' tokens and their order, flag → value; kept in the state, and compared."""
         self._made, self.resized = dict(made or {}), False
         self.tasks, self._pool = list(tasks), pool
+        self._names = short_names([task.spec.path for task in self.tasks])
         self._length, self._seed, self._packed, self._pad = length, seed, packed, pad
         self._positions = positions
         self._weights = np.array([task.spec.weight for task in self.tasks])
@@ -412,15 +413,16 @@ class TaskMixture:
             task.prefetch()
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """Task → what it gave since the run's first step: sequences, tokens, epochs, and lines skipped if any were."""
+        """Task, by its short name → what it gave since the run's first step: sequences, tokens, epochs, and lines
+        skipped if any were."""
         return {
-            key: {
+            name: {
                 "sequences": task.cursor.sequences,
                 "tokens": task.cursor.tokens,
                 "epochs": round(task.epochs, 6),
                 **({"bad_lines": task.cursor.bad} if task.cursor.bad else {}),
             }
-            for key, task in self.keyed()
+            for name, task in zip(self._names, self.tasks, strict=True)
         }
 
     def close(self) -> None:

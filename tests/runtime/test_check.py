@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 from farspan.comm import probe
+from farspan.comm.probe import EdgeFigures
 from farspan.comm.topology import Topology
 from farspan.converters.hf import import_hf
 from farspan.pipeline.schedule import gpipe, one_f_one_b
+from farspan.pipeline.step_time import StepTime
 from farspan.runtime import check as room
 from farspan.runtime import measure
 from farspan.runtime.check import file_problems, memory_problems
 from farspan.runtime.config import Config
-from farspan.runtime.measure import edges_of, in_rounds
+from farspan.runtime.measure import Edge, edges_of, in_rounds
+from farspan.runtime.report import report
 from launch import Run
 from tiny import make_model
 
@@ -55,9 +58,9 @@ def test_a_good_grid_is_told_so(flags: Flags, shards: Path, tmp_path: Path) -> N
     for edge in ("0→1", "0→2", "0→3"):
         assert re.search(rf"^  {edge} +data ", said, re.M), said
     assert re.search(
-        r"^  rank +stage +weights +masters +gradients +moments +activations +work +messages +heap", said, re.M
+        r"^  rank +weights +masters +grads +moments +activ\. +work +messages +heap +all +free$", said, re.M
     )
-    assert re.search(r"^  3 +1: layers 3–4 \+ head ", said, re.M)
+    assert re.search(r"^  3 +1: layers 3–4 \+ head +\S+$", said, re.M)
     assert said.count("as SHA256SUMS says") == 4
     assert re.search(r"^an update: [\d.]+ s simulated, \d+ tokens/s, bubble \d+%$", said, re.M)
     assert "the run: 3 updates, " in said
@@ -180,3 +183,26 @@ def test_edges_are_measured_together_only_where_no_host_has_two() -> None:
         hosts = [host for edge in members for host in (edge.source, edge.target)]
         assert len(hosts) == len(set(hosts))
     assert all(len(members) == 1 for members in in_rounds(edges, ["a", "a", "a", "a"]))
+
+
+def test_the_report_fits_100_columns() -> None:
+    """Of a large run, on machines with long names."""
+    size = int(123.4 * 2**30)
+    need = dict.fromkeys(
+        ("weights", "masters", "gradients", "moments", "activations", "work", "messages", "heap"), size
+    )
+    files = {"count": 123, "size": size, "known": False, "problems": []}
+    pools = {
+        "ip-172-31-120-110.ec2.internal boot": (8 * size, size),
+        "ip-172-31-120-110.ec2.internal:cuda:0 uuid": (size, size),
+    }
+    ranks = [{"need": need, "what": "embedding + layers 100–119 + head", "pools": pools, "files": files}] * 128
+    figures = EdgeFigures(1.2345, 1.25e9, 1.25e9, 4, 512 << 20, (123.4, 123.4), 1.0)
+    found = [{"layers": dict.fromkeys(("forward", "backward", "update"), 12.3), "sums": {"buckets": [123.4]}}] * 128
+    config = Config(total_steps=2_000_000, seq_length=4096)
+    step = StepTime(1234.5, 123.4, 12.3, 12.3, 123.4, 0.5)
+    said = report(
+        config, Topology(16, 8), ranks, [(Edge("pipeline", 100, 101, "100→101", "101→100"), figures)], found, step, []
+    )
+    assert max(map(len, said.splitlines())) <= 100
+    assert "100→101" in said

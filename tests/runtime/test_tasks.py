@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from chars import mixture, text_of, write
 from farspan.runtime.recipe import Frame
-from farspan.runtime.task_spec import DataError, TaskSpec, parse_tasks, read_task_config
+from farspan.runtime.task_spec import DataError, TaskSpec, parse_tasks, read_task_config, short_names
 from farspan.runtime.tasks import TaskMixture
 
 
@@ -206,7 +206,7 @@ def test_the_draw_follows_the_weights(tmp_path: Path) -> None:
     for name, weight in weights.items():
         p = weight / 8
         assert abs(drawn[name] / 4000 - p) < 4 * np.sqrt(p * (1 - p) / 4000)
-        share = made.shares()[str(tmp_path / f"{name}.jsonl")]
+        share = made.shares()[name]
         assert share["sequences"] == drawn[name]
         assert share["tokens"] == drawn[name] * 60
         assert share["epochs"] == pytest.approx(drawn[name] * 60 / (3 * 51), abs=1 / 3)
@@ -228,7 +228,7 @@ def test_repeats_are_a_limit(tmp_path: Path) -> None:
     # 24 characters in 2 rows, the last padded.
     assert (text.count("one"), text.count("two"), text.count("_")) == (3, 3, 8)
     assert drawn.targets.sum() == 50 * 16 - 8
-    assert made.shares()[str(few)]["epochs"] == 3
+    assert made.shares()["few"]["epochs"] == 3
     alone = mixture(tmp_path, tasks[:1], 16)
     drawn = alone.draw(5)  # what is left of it stays blank
     assert text_of(drawn.tokens)[24:] == "_" * (16 * 5 - 24)
@@ -244,7 +244,7 @@ def test_sequences_of_an_epoch(tmp_path: Path) -> None:
     assert packed.sequences() == -(-sum(i + 1 for i in range(700)) // 50)
     assert padded.sequences() == sum(-(-(i + 1) // 50) for i in range(700))
     padded.draw(padded.sequences())
-    assert padded.shares()[str(path)]["epochs"] == 1
+    assert padded.shares()[path.stem]["epochs"] == 1
 
 
 @pytest.mark.parametrize("rows", ["packed", "padded"])
@@ -309,7 +309,7 @@ def test_a_bad_line_is_named_or_skipped(
         mixture(tmp_path, str(path), 4).draw(50)
     made = mixture(tmp_path, str(path), 5, bad_lines="skip")
     assert text_of(made.draw(4).tokens) == "\ngood" * 4
-    assert made.shares()[str(path)]["bad_lines"] == 4  # one in each epoch
+    assert made.shares()[path.stem]["bad_lines"] == 4  # one in each epoch
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1  # named in the first
     assert f"skipping {path}:3: " in said[0]
@@ -319,7 +319,7 @@ def test_a_bad_line_is_named_or_skipped(
     said = [record.getMessage() for record in caplog.records][1:]
     assert len(said) == 3
     assert said[2].endswith("further ones are only counted")
-    assert made.shares()[str(path)]["bad_lines"] >= 15
+    assert made.shares()[path.stem]["bad_lines"] >= 15
 
 
 def test_a_template_names_the_key_that_is_missing(tmp_path: Path) -> None:
@@ -399,3 +399,16 @@ def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
     finally:
         made.close()
     assert_gone(made)
+
+
+def test_short_names_are_files_and_what_tells_them_apart() -> None:
+    paths = [
+        "/data/a.jsonl.zst",
+        "/x/gsm8k/train.jsonl",
+        "/x/math/train.jsonl",
+        "hf://org/set",
+        "v1.2-b.csv",
+        "c.tokens/",
+    ]
+    assert short_names(paths) == ["a", "gsm8k/train", "math/train", "set", "v1.2-b", "c"]
+    assert short_names(["/x/a.jsonl", "/x/a.jsonl", "/x/a.csv", "x/a.gz"]) == ["x/a", "x/a#2", "x/a#3", "x/a#4"]

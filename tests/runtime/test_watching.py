@@ -20,7 +20,7 @@ from farspan.comm.lane import ThreadLane
 from farspan.comm.topology import Topology
 from farspan.pipeline.executor import Edges
 from farspan.pipeline.timeline import Timeline
-from farspan.runtime.backends import check_backends
+from farspan.runtime.backends import check_backends, open_backends
 from farspan.runtime.config import Config, ConfigError, parse
 from farspan.runtime.feed import Ends
 from farspan.runtime.metrics import Metrics
@@ -121,6 +121,22 @@ def test_wandb_offline_gets_every_update(flags: Flags, tmp_path: Path) -> None:
     assert "a-name-of-mine" in text
     assert "hush" not in text
     assert "k" * 40 not in text
+
+
+@needs_wandb
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    seen = []
+    for mode, start in (("offline", 0), ("disabled", 2), ("offline", 2), ("offline", 1), ("offline", 0)):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        (backend,) = open_backends(config_of("wandb", tmp_path), start)
+        backend.write({"step": start + 1, "loss": 2.0})
+        backend.close(0)
+        if mode == "offline":
+            seen.append((tmp_path / "wandb" / "run-id").read_text())
+    assert len({*seen[:3]}) == 1  # also after a return to an earlier checkpoint
+    assert seen[3] != seen[0]  # a run that starts over is another one
+    assert {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")} == {*seen}
 
 
 @needs_wandb
