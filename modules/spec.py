@@ -116,6 +116,47 @@ class ModelSpec:
             return self
         return replace(self, vocab=vocab, config={**self.config, self.facts.keys["vocab"][0]: vocab})
 
+    def stretched(self, kind: str, factor: float) -> Self:
+        """The same model with its rotary positions scaled, for rows up to `factor` times as long.
+
+        `kind`: linear, dynamic or yarn. A model that is scaled so already is given back. Raises SpecError.
+        """
+        rope = dict(self.rope)
+        if self.facts.rotary.theta is None:
+            raise SpecError(f"the rotary positions of a {self.family} cannot be scaled")
+        if (rope["rope_type"], rope.get("factor")) == (kind, factor):
+            return self
+        if rope["rope_type"] != "default":
+            raise SpecError(f"the model's positions are scaled already, by {self.scaling}: leave it out")
+        if kind == "dynamic" and self.rotary_dim <= 2:
+            raise SpecError(
+                f"dynamic scaling needs more than {self.rotary_dim} turning dimensions in a head: linear or yarn"
+            )
+        longest = factor * self.max_positions
+        if not longest.is_integer():
+            raise SpecError(f"{factor:g} × the model's {self.max_positions} positions is no whole number")
+        rope |= {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = self.max_positions
+        # Dynamic scaling begins beyond the positions of the config, so there they stay what was trained.
+        positions = self.max_positions if kind == "dynamic" else int(longest)
+        beside = ("rope_scaling", "rope_parameters", "original_max_position_embeddings")  # `rope` says all of it
+        config = {key: value for key, value in self.config.items() if key not in beside}
+        config[self.facts.keys["max_positions"][0]] = positions
+        return replace(self, max_positions=positions, rope=tuple(sorted(rope.items())), config=config)
+
+    @property
+    def scaling(self) -> str:
+        """How the rotary positions are scaled: "linear:2", …, or "none"."""
+        rope = dict(self.rope)
+        return "none" if rope["rope_type"] == "default" else f"{rope['rope_type']}:{rope['factor']:g}"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row."""
+        rope = dict(self.rope)
+        return int(rope["factor"] * self.max_positions) if rope["rope_type"] == "dynamic" else self.max_positions
+
     @property
     def facts(self) -> Family:
         return FAMILIES[self.family]

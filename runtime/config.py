@@ -37,6 +37,10 @@ class ModelFlags:
     embedding_dim: int = _flag(0, "checked against config.json [read from it]")
     num_heads: int = _flag(0, "checked against config.json [read from it]")
     load_pretrained_model: bool = _flag(True, "start from the model's weights; false: random ones from --seed")
+    rope_scaling: str = _flag(
+        "",
+        "scale the model's positions, for a longer --seq-length: linear:2, dynamic:2 or yarn:4 [as config.json says]",
+    )
     bf16: bool = _flag(False, "compute in bfloat16; weights, moments and gradient sums stay in fp32 beside it")
     fp16: bool = _flag(False, "compute in float16 with a scaled loss; the rest as with --bf16")
     loss_scale: float = _flag(0.0, "with --fp16: a fixed loss scale; 0: a dynamic one")
@@ -272,6 +276,12 @@ class Config(
     def optimizer_kind(self) -> str:
         """--optimizer, by the one name of each kind."""
         return "adamw" if self.optimizer == "adam" else self.optimizer
+
+    @property
+    def stretch(self) -> tuple[str, float] | None:
+        """--rope-scaling: its kind and its factor."""
+        kind, _, factor = self.rope_scaling.partition(":")
+        return (kind, float(factor)) if kind else None
 
     @property
     def lr_floor(self) -> float:

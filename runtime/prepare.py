@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import resource
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from ..comm.transport import prepare
 from ..comm.verify import host_here
 from ..modules.layers import init_unit
 from ..modules.shards import ShardStore
-from ..modules.spec import ModelSpec
+from ..modules.spec import ModelSpec, SpecError
 from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
@@ -43,10 +44,18 @@ log = logging.getLogger("farspan")
 
 
 def open_model(config: Config) -> tuple[ShardStore | None, ModelSpec]:
-    """Where the pretrained weights lie, unless --load-pretrained-model false wants none, and what model it is."""
+    """Where the pretrained weights lie, unless --load-pretrained-model false wants none, and what model it is.
+
+    Raises `ConfigError`, `SpecError` or `ShardError`."""
     folder = Path(config.model_name)
     store = ShardStore(folder) if config.load_pretrained_model else None
-    return store, store.spec if store is not None else ModelSpec.from_folder(folder)
+    spec = store.spec if store is not None else ModelSpec.from_folder(folder)
+    if config.stretch is not None:
+        try:
+            spec = spec.stretched(*config.stretch)
+        except SpecError as error:
+            raise ConfigError(f"--rope-scaling {config.rope_scaling}: {error} ({folder}/config.json)") from error
+    return store, spec
 
 
 def check_model(config: Config, spec: ModelSpec) -> None:
@@ -59,10 +68,22 @@ def check_model(config: Config, spec: ModelSpec) -> None:
     ):
         if told and told != true:
             raise ConfigError(f"--{flag} {told} is not what {where} says: {true}")
-    if config.seq_length > spec.max_positions:
+    if config.seq_length > spec.longest:
+        given = f" with --rope-scaling {config.rope_scaling}" if config.rope_scaling else ""
         raise ConfigError(
-            f"--seq-length {config.seq_length} is more than the model's {spec.max_positions} positions ({where})"
+            f"--seq-length {config.seq_length} is more than the model's {spec.longest} positions{given} ({where})"
+            + _stretching(config, spec)
         )
+
+
+def _stretching(config: Config, spec: ModelSpec) -> str:
+    """What lets the model take --seq-length."""
+    kind, factor = config.stretch or ("linear", 1.0)
+    if spec.facts.rotary.theta is None or (spec.scaling != "none" and config.stretch is None):
+        return ""
+    enough = math.ceil(factor * config.seq_length / spec.longest)
+    others = "" if config.stretch else f", dynamic:{enough} or yarn:{enough}"
+    return f"; --rope-scaling {kind}:{enough}{others} lets it take them"
 
 
 def make_plan(config: Config) -> Plan:
@@ -211,6 +232,12 @@ def fill(
     if step is not None:
         folder = folder_of(config.checkpoints, step)
         ours, theirs = spec, ShardStore(folder).spec
+        if repr(replace(theirs, rope=ours.rope, max_positions=ours.max_positions)) == repr(ours) != repr(theirs):
+            raise CheckpointError(
+                f"{folder} was trained with --rope-scaling {theirs.scaling}, and now it is {ours.scaling}, which makes "
+                f"another model of it: put it back, or begin a run of its own from it (--model-name {folder}, and "
+                "another --checkpoint-path)"
+            )
         if repr(ours) != repr(theirs):
             raise CheckpointError(f"{folder} is of another model than --model-name {config.model_name}")
         progress = checkpoints.load(step, spec, optimizer)

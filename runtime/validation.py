@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from math import isfinite
@@ -106,6 +107,11 @@ def problems_of(config: Config) -> list[str]:
     )
     refuse(c.min_lr > c.lr >= 0, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
     refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
+    factor = re.fullmatch(r"(?:linear|dynamic|yarn):(\d+(?:\.\d+)?)", c.rope_scaling, re.ASCII)
+    refuse(
+        c.rope_scaling and not (factor and float(factor[1]) > 1),
+        f"--rope-scaling {c.rope_scaling} must be linear, dynamic or yarn, with a factor of more than 1: yarn:4",
+    )
     refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
     split = c.layer_split.replace(",", "")
     refuse(

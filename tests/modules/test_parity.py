@@ -1,13 +1,16 @@
 """Our layers against transformers' models in fp32: logits and the gradient of every parameter, to 1e-5 of its norm."""
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from farspan.modules.layers import build_layers
-from farspan.modules.spec import ACTIVATIONS, ModelSpec
+from farspan.modules.spec import ACTIVATIONS, ModelSpec, hf_config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 777.0},
@@ -98,6 +101,24 @@ def test_dynamic_rope_forgets_a_long_row() -> None:
     rotary.tables(20, cpu, torch.float32)
     for table, again in zip(fresh, rotary.tables(6, cpu, torch.float32), strict=True):
         assert torch.equal(table, again)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama"])
+def test_stretched_positions(
+    tmp_path: Path, tiny_hf: Callable[..., PreTrainedModel], assert_same: Check, model_type: str, kind: str
+) -> None:
+    """Twice the model's positions: transformers reads from what we write the model that we train."""
+    share = {"partial_rotary_factor": 0.5} if model_type == "gpt_neox" else {}
+    rope = {"rope_type": "default", "rope_theta": 777.0, **share}
+    plain = tiny_hf(model_type, rope_parameters=rope).eval()
+    plain.save_pretrained(tmp_path)
+    written = hf_config(ModelSpec.from_folder(tmp_path).stretched(kind, 2.0), torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    scaled = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same(scaled, tmp_path, 64)
+    ids = torch.arange(60)[None]
+    assert not torch.allclose(plain(ids).logits, scaled(ids).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,6 +1,7 @@
 """config.json, in the spellings of transformers 4.x and 5.x, to a ModelSpec and back."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,45 @@ def test_folders_without_a_config(tmp_path: Path, make: Callable[[Path], object]
     make(tmp_path / "model")
     with pytest.raises(SpecError, match=says):
         ModelSpec.from_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "original"), [("linear", 4096, None), ("dynamic", 2048, None), ("yarn", 4096, 2048)]
+)
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama"])
+def test_a_stretched_model_is_written_for_both_releases(
+    model_type: str, kind: str, positions: int, original: int | None
+) -> None:
+    plain = ModelSpec.from_config({"model_type": model_type, "rope_scaling": None})
+    spec = plain.stretched(kind, 2.0)
+    assert (plain.longest, spec.longest, spec.scaling, plain.scaling) == (2048, 4096, f"{kind}:2", "none")
+    written = hf_config(spec, torch.float32)
+    assert written["max_position_embeddings"] == positions
+    for key in ("rope_parameters", "rope_scaling"):  # of 5.x, of 4.x
+        assert written[key]["rope_type"] == kind
+        assert written[key]["factor"] == 2.0
+        assert written[key].get("original_max_position_embeddings") == original
+    again = ModelSpec.from_config(json.loads(json.dumps(written)))
+    assert repr(again) == repr(spec)
+    assert hf_config(again, torch.float32) == written
+    assert again.stretched(kind, 2.0) is again
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "factor", "says"),
+    [
+        ({"model_type": "gptj"}, "linear", 2.0, "the rotary positions of a gptj cannot be scaled"),
+        (
+            {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 4}, "dynamic", 2.0,
+            "dynamic scaling needs more than 2 turning dimensions in a head: linear or yarn",
+        ),
+        ({"model_type": "llama"}, "yarn", 1.3, "1.3 × the model's 2048 positions is no whole number"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear", 2.0,
+            "the model's positions are scaled already, by linear:4: leave it out",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_stretched(config: dict[str, Any], kind: str, factor: float, says: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(says)):
+        ModelSpec.from_config(config).stretched(kind, factor)
