@@ -35,7 +35,7 @@ def test_rows_without_a_target_are_passed_over(flags: Flags, tmp_path: Path, sta
         run.succeed()
     assert "passing over 2 sequences without a token to predict, up to sequence 2:" in run.err(0)
     rows = read_metrics(tmp_path / "ck")
-    given = [row["tasks"][str(tmp_path / "qa.jsonl")]["sequences"] for row in rows]
+    given = [row["tasks"]["qa"]["sequences"] for row in rows]
     assert given == [6, 10, 16, 20, 26, 30]  # every fifth sequence has a target
     (tmp_path / "ck" / "latest").write_text("3")
     with Run(stages, replicas, told) as run:
