@@ -77,16 +77,15 @@ class Vocabulary:
 
     def files(self, folder: Path) -> Path:
         """Where files lie that are this tokenizer: where it was found, if it is still the same; else written here."""
-        from ..modules.shards import copy_tokenizer  # late: it imports torch, and worker processes load this file
-
         if self._folder is not None and not self.added:
             return self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        found = Path(self.name).expanduser()
-        copy_tokenizer(found, folder)
-        if found.suffix == ".model":
-            shutil.copyfile(found, folder / "tokenizer.model")
         self.tokenizer.save_pretrained(folder)
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)  # an older version's would be believed first
+        found = Path(self.name).expanduser()
+        model = found / "tokenizer.model" if found.is_dir() else found
+        if model.suffix == ".model" and model.is_file() and model.parent != folder:  # for programs that read no other
+            shutil.copyfile(model, folder / "tokenizer.model")
         return folder
 
     def _frame_of(self, spec: TaskSpec) -> Frame:
