@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 import tempfile
 from collections import deque
@@ -117,7 +116,7 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
                 bar.update(len(numbers))
         writer.close()
     except BaseException:
-        shutil.rmtree(writer.partial, ignore_errors=True)
+        writer.abandon()
         raise
     finally:
         pool.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ class TokenWriter:
         self.partial.mkdir(parents=True)
         self._tokens = (self.partial / "tokens.bin").open("wb")
         self._targets = (self.partial / "targets.bin").open("wb") if masked else None
+        self._files = [file for file in (self._tokens, self._targets) if file is not None]
         self._ends: list[np.ndarray] = []
         self.tokens = self.documents = 0
 
@@ -113,13 +115,18 @@ class TokenWriter:
 
     def close(self) -> None:
         """Raises `DataError` where nothing was written."""
-        self._tokens.close()
-        if self._targets is not None:
-            self._targets.close()
+        for file in self._files:
+            file.close()
         if not self.documents:
-            shutil.rmtree(self.partial)
             raise DataError("no line gives any token: nothing was written")
         np.save(self.partial / "ends.npy", np.concatenate(self._ends))
         meta = {**self._meta, "dtype": self._dtype.name, "documents": self.documents, "tokens": self.tokens}
         (self.partial / META).write_text(json.dumps(meta, indent=1))
         os.replace(self.partial, self._path)
+
+    def abandon(self) -> None:
+        """Leave nothing of it."""
+        for file in self._files:
+            with suppress(OSError):  # what could not be written before cannot be now: it has been told
+                file.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
