@@ -45,7 +45,7 @@ class LineFile:
             raise DataError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
         key = _digest(str(path.resolve()))
         name = f"{key}-{_digest(f'{stamp.st_size} {stamp.st_mtime_ns} {path.suffix}')}"
-        plain = path
+        self.stamp, plain = name, path
         try:
             if path.suffix in (".gz", ".zst"):
                 plain = cache / f"{name}.lines"

@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import Config
 from .continuity import SPECIAL_TOKENS, TOKENIZER, brief, digest
+from .counts import Count
 from .first_rows import recognised, try_rows
 from .lines import LineFile
 from .pretokenized import TokenFolder, is_pretokenized
@@ -105,6 +106,7 @@ def open_tasks(config: Config, vocabulary: Vocabulary) -> TaskMixture:
         tasks, pool, config.seq_length, config.seed,
         packed=config.rows == "packed", pad=vocabulary.pad, positions=config.document_mask,
         made=made_by(config, vocabulary, tasks),
+        count=Count(cache_of(config), vocabulary.digest, config.rows == "packed", config.seq_length),
     )  # fmt: skip
 
 

@@ -203,7 +203,6 @@ def settle(
         return config, progress
     count, most = progress.epoch_sequences, None
     if mixture is not None and (count is None or mixture.resized):
-        log.info("counting the tokens of all tasks, for --nepochs")
         now = mixture.sequences()
         count = now if count is None else mean_epoch(config.nepochs, mixture.drawn, count, now)
     if mixture is not None:

@@ -32,6 +32,8 @@ def is_pretokenized(path: Path) -> bool:
 class TokenFolder:
     """The documents of one folder, memory-mapped. `tokenizer`: the digest of the run's tokenizer, to compare."""
 
+    stamp = ""  # its tokens are counted in a moment
+
     def __init__(self, path: Path, tokenizer: str) -> None:
         self.path = path
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cached import is_whole, seal
+from .continuity import digest
 from .task_spec import DataError, TaskSpec
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Table:
         self._table = _load(spec, cache)
         self.rows = len(self._table)
         self.size = self.rows
+        # Its cached files' names hold a digest of where the rows come from and how.
+        self.stamp = "table-" + digest(json.dumps([spec.path, self.rows, *_files(self._table)]))
         if not self.rows:
             raise DataError(f"{self.path} is empty")
 

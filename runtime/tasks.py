@@ -7,7 +7,7 @@ import itertools
 import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,8 @@ class Source(Protocol):
 
     rows: int
     size: int
+    stamp: str
+    """Names what is read and the state that it is in, as part of a file's name; empty where that is not known."""
 
     def where(self, number: int) -> str: ...
 
@@ -120,7 +122,7 @@ class Task:
         """`made`: digest of what makes the task's tokens; `made_before`: before `--eos auto` ended templates."""
         self.spec, self.source, self.cursor = spec, source, Cursor(order=number)
         self._number, self._seed, self._pool, self._skip_bad = number, seed, pool, skip_bad
-        self._shuffled, self._made, self._made_before = shuffled, made, made_before
+        self._shuffled, self.made, self._made_before = shuffled, made, made_before
         mean = max(1, source.size // source.rows)
         self._step = max(1, min(256, BLOCK_BYTES // mean))
         self._ahead = max(1, round(pool.ahead * share)) if pool.ahead else 0
@@ -197,7 +199,7 @@ class Task:
                 yield np.diff((made if isinstance(made, Block) else made.get()).ends, prepend=0)
 
     def state(self) -> dict[str, Any]:
-        return {**vars(self.cursor), "lines": self.source.rows, "size": self.source.size, "made": self._made}
+        return {**vars(self.cursor), "lines": self.source.rows, "size": self.source.size, "made": self.made}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises `DataError` if the source is not the one that the cursor points into."""
@@ -212,13 +214,13 @@ class Task:
                 f"{path} has {self.source.size} bytes, and had {state['size']} when the checkpoint was saved; "
                 "put the old file back, or name the new one by another path to start it from its beginning"
             )
-        made = state.get("made", self._made)
-        if made == self._made_before != self._made:
+        made = state.get("made", self.made)
+        if made == self._made_before != self.made:
             raise DataError(
                 f"{path}: its documents had no end token when the checkpoint was saved, and --eos auto puts one now: "
                 "go on with --eos no"
             )
-        if made != self._made:
+        if made != self.made:
             raise DataError(
                 f"{path}: its text, template, messages, loss_on, end token (--eos) or chat template is not what it was "
                 f"when the checkpoint was saved: {ADVICE}"
@@ -301,8 +303,10 @@ class TaskMixture:
         pad: int = 0,
         positions: bool = False,
         made: Mapping[str, Any] | None = None,
+        count: Callable[[Task], int],
     ) -> None:
-        """`made`: what makes all tasks' tokens and their order, flag → value; kept in the state, and compared."""
+        """`made`: what makes all tasks' tokens and their order, flag → value; kept in the state, and compared. `count`:
+        the tokens, or the padded rows, of a task's epoch."""
         self._made, self.resized = dict(made or {}), False
         self.tasks, self._pool = list(tasks), pool
         self._names = short_names([task.spec.path for task in self.tasks])
@@ -311,7 +315,7 @@ class TaskMixture:
         self._weights = np.array([task.spec.weight for task in self.tasks])
         self._bounds: tuple[list[bool], list[float]] = ([], [])
         self._choices: tuple[int, list[float]] = (-1, [])
-        self._counted: list[int] = []
+        self._count, self._counted = count, list[int]()
         self.drawn = 0
 
     def draw(self, rows: int) -> Drawn:
@@ -354,13 +358,9 @@ class TaskMixture:
         return self.drawn + left
 
     def _sizes(self) -> list[int]:
-        """Of each task: the tokens, or the padded rows, of one epoch. Tokenises all of it, once."""
-
-        def of(lengths: np.ndarray) -> int:
-            return int((lengths if self._packed else -(-lengths // self._length)).sum())
-
+        """Of each task: the tokens, or the padded rows, of one epoch."""
         if not self._counted:
-            self._counted = [sum(map(of, task.lengths())) for task in self.tasks]
+            self._counted = [self._count(task) for task in self.tasks]
         return self._counted
 
     def _choose(self) -> Task | None:

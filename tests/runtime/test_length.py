@@ -35,6 +35,33 @@ def test_an_epoch_holds_every_document(tmp_path: Path) -> None:
     assert len(drawn) - once < 16
 
 
+def test_what_was_counted_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Until the file, the recipe or the rows change, or the disk spoils it."""
+    caplog.set_level("INFO")
+    path = make_task(tmp_path / "a.jsonl", lines=23)
+
+    def counted(told: str | list[dict[str, Any]] = str(path), length: int = 16, **flags: Any) -> tuple[int, bool]:  # noqa: ANN401
+        caplog.clear()
+        count = mixture(tmp_path, told, length, **flags).sequences()
+        return count, "counting the tokens" in caplog.text
+
+    count, _ = counted()
+    assert counted() == (count, False)
+    assert counted(length=count * 16) == (-(-count // count), False)  # the tokens are the same ones
+    template = [{"path": str(path), "template": "{text}{text}"}]
+    assert counted(template)[1] and not counted(template)[1]  # noqa: PT018
+    padded = counted(rows="padded")[0]
+    assert counted(rows="padded") == (padded, False)
+    assert counted(rows="padded", length=8) == (counted(rows="padded", length=8)[0], True)
+    for kept in (tmp_path / "cache").glob("*.count"):
+        kept.write_bytes(b"")
+    assert counted() == (count, True)
+    assert "making it anew" in caplog.text
+    make_task(path, lines=46)
+    assert counted() == (counted()[0], True)
+    assert len([*(tmp_path / "cache").glob("*.count")]) == 1  # what an older state of the file left is gone
+
+
 @pytest.mark.parametrize(("stages", "replicas", "accumulate"), [(2, 1, 1), (1, 2, 2)])
 def test_epochs_set_the_length_on_all_ranks(
     flags: Flags, tmp_path: Path, stages: int, replicas: int, accumulate: int
