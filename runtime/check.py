@@ -29,6 +29,7 @@ from ..pipeline.step_time import StepTime, Sum, step_time
 from .config import Config
 from .measure import Edge, LayerSeconds, edges_of, in_rounds, measure_edges, measure_layers, measure_sum
 from .network import Network
+from .notices import notices
 from .precision import compute_dtype
 from .prepare import (
     check_model,
@@ -75,6 +76,8 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     plan = make_plan(config)
     shake_hands(meeting, config, spec)
     device, dtype = pick_device(config, network), compute_dtype(config)
+    for line in notices(config, device.type) if config.rank == 0 else ():
+        log.warning("%s", line)
     share_threads(meeting)
     keep_freed_memory()
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None

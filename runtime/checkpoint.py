@@ -57,8 +57,8 @@ class Progress:
 
     The best evaluation (loss, step), how many have come since that did not improve on it, and the digest of the
     held-out text; with --nepochs, the sequences of one epoch. `skipped` of the updates did not touch the weights, since
-    a gradient overflowed; `scaler` is the loss scale's state. `optimizer` is its kind (None in checkpoints of before it
-    was kept).
+    a gradient overflowed; `scaler` is the loss scale's state. `optimizer` is its kind, and
+    `global_batch` the sequences of a step (None in checkpoints of before they were kept).
     """
 
     step: int = 0
@@ -73,6 +73,7 @@ class Progress:
     skipped: int = 0
     scaler: dict[str, Any] | None = None
     optimizer: str | None = None
+    global_batch: int | None = None
 
     @property
     def applied(self) -> int:

@@ -7,13 +7,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from .errors import ConfigError
 from .launcher import from_launcher
 from .old_flags import INERT, INSTEAD, REFUSED
+from .other_flags import meant
 
 
 def _flag(default: Any, help: str, *, choices: Sequence[str] = (), agree: bool = True) -> Any:  # noqa: ANN401
@@ -149,7 +149,7 @@ class OptimizerFlags:
         "adam-l2: Adam, with the decay added to the gradient",
         choices=("adamw", "adam", "8bit-adam", "adam-l2"),
     )
-    lr: float = _flag(0.01, "peak learning rate")
+    lr: float = _flag(1e-5, "peak learning rate")
     total_steps: int = _flag(0, "accumulation steps of the whole run: updates × --gradient-accumulate-step")
     warmup_steps: int = _flag(0, "updates over which the learning rate rises; then --scheduler says")
     weight_decay: float = _flag(0.01, "on all weights but norms and biases")
@@ -271,6 +271,11 @@ class Config(
     def dp_library(self) -> str:
         """--dp-backend, by its present name."""
         return self.dp_backend.removeprefix("cupy_")
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one accumulation step, of all replicas."""
+        return self.batch_size * self.data_group_size
 
     @property
     def optimizer_kind(self) -> str:
@@ -428,6 +433,6 @@ def _unknown(word: str) -> str:
     name = word.split("=")[0]
     if name in REFUSED:
         return f"{name}: {REFUSED[name]}"
-    near = get_close_matches(name, [f"--{dash(f.name)}" for f in fields(Config)], 1, 0.75)
-    hint = f": is it {near[0]}?" if near else ""
+    near = meant(name, [f"--{dash(f.name)}" for f in fields(Config)])
+    hint = f": is it {near}?" if near else ""
     return f"unknown flag {word}{hint}; dist_train.py --help lists all of them"

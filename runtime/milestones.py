@@ -13,7 +13,7 @@ from .config import Config
 def steps_of_epochs(config: Config, sequences: int, most: int | None = None) -> int:
     """Accumulation steps in which --nepochs × `sequences` are drawn at least (or `most`, where there are no more), in
     whole updates."""
-    in_update = config.gradient_accumulate_step * config.data_group_size * config.batch_size
+    in_update = config.gradient_accumulate_step * config.global_batch
     wanted = config.nepochs * sequences if most is None else min(config.nepochs * sequences, most)
     return -(-wanted // in_update) * config.gradient_accumulate_step
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from .config import Config, ConfigError
 from .launcher import local_rank
 from .milestones import mean_epoch, steps_of_epochs
 from .network import Network
+from .notices import other_batch
 from .optim import Optimizer
 from .retention import checkpoint_steps
 from .tasks import TaskMixture
@@ -48,6 +50,8 @@ def open_model(config: Config) -> tuple[ShardStore | None, ModelSpec]:
 
     Raises `ConfigError`, `SpecError` or `ShardError`."""
     folder = Path(config.model_name)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", config.model_name):
+        raise ConfigError(_on_the_hub(config))
     store = ShardStore(folder) if config.load_pretrained_model else None
     spec = store.spec if store is not None else ModelSpec.from_folder(folder)
     if config.stretch is not None:
@@ -56,6 +60,17 @@ def open_model(config: Config) -> tuple[ShardStore | None, ModelSpec]:
         except SpecError as error:
             raise ConfigError(f"--rope-scaling {config.rope_scaling}: {error} ({folder}/config.json)") from error
     return store, spec
+
+
+def _on_the_hub(config: Config) -> str:
+    """What to do where --model-name is a model's name on the hub."""
+    name, parts = config.model_name, {"gpt-j": "gptj", "neox": "gptneox", "pythia": "gptneox", "llama": "llama"}
+    guessed = next((family for part, family in parts.items() if part in name.lower()), "…")
+    return (
+        f"--model-name {name}: no such folder here. If it is a model on the Hugging Face hub, fetch it: "
+        f"python converters/convert_from_hf_{config.model_type or guessed}.py --model-name {name} --save-dir "
+        f"pretrained_models, and then train with --model-name pretrained_models/{name.replace('/', '_')}"
+    )
 
 
 def check_model(config: Config, spec: ModelSpec) -> None:
@@ -247,10 +262,11 @@ def fill(
                 f"{folder} was written with --gradient-accumulate-step {progress.step // progress.updates}; "
                 "a run cannot change it halfway"
             )
-        if (notice := same_optimizer(config, progress, folder)) and config.rank == 0:
-            log.warning("%s", notice)
+        for notice in (same_optimizer(config, progress, folder), other_batch(config, progress)):
+            if notice and config.rank == 0:
+                log.warning("%s", notice)
         checkpoints.go_on(progress, taken_back=config.load_step > 0)
-        return replace(progress, optimizer=config.optimizer_kind)
+        return replace(progress, optimizer=config.optimizer_kind, global_batch=config.global_batch)
     if not config.load_checkpoint and config.rank == 0 and (steps := checkpoint_steps(config.checkpoints)):
         log.warning(
             "--load-checkpoint false: starting over; those in %s (up to step %d) are replaced by new ones",
@@ -262,7 +278,7 @@ def fill(
         for unit, layer in zip(stage.units, stage.layers, strict=True):
             init_unit(layer, spec, unit, config.seed)
         optimizer.adopt()
-    return Progress(optimizer=config.optimizer_kind)
+    return Progress(optimizer=config.optimizer_kind, global_batch=config.global_batch)
 
 
 def same_optimizer(config: Config, progress: Progress, folder: Path) -> str | None:

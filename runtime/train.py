@@ -41,6 +41,7 @@ from .launcher import port_advice
 from .metrics import Metrics
 from .milestones import compared_on, enough, perplexity
 from .network import Network, find_network
+from .notices import notices
 from .open_tasks import open_tasks
 from .optim import Optimizer
 from .precision import LossScaler, compute_dtype
@@ -229,6 +230,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if config.as_test:
         config = shortened(config)
     device = pick_device(config, network)
+    for line in notices(config, device.type) if config.rank == 0 else ():
+        log.warning("%s", line)
     threads = share_threads(meeting)
     keep_freed_memory()
     units = stage_units(split, place.stage)

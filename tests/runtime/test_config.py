@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 from farspan.runtime.config import Config, ConfigError, parse, parser
+from farspan.runtime.other_flags import OURS
 from farspan.runtime.validation import validate
 
 GOOD = [
@@ -39,7 +40,8 @@ def test_the_tutorials_flags_are_all_known() -> None:
     ("extra", "message"),
     [
         ("--no-such 1", "unknown flag --no-such"),
-        ("--learning-rate 1", "unknown flag --learning-rate"),
+        ("--learning-rate 1", "unknown flag --learning-rate: is it --lr?"),
+        ("--per_device_train_batch_size 1", "unknown flag --per_device_train_batch_size: is it --batch-size?"),
         ("--checkp c", "unknown flag --checkp"),  # no abbreviations either
         ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
         ("--bucket-mb 0", "--bucket-mb 0.0 must be at least 0.001"),
@@ -179,3 +181,15 @@ def test_every_flag_that_shapes_the_result_must_agree() -> None:
         "--checkpoint-path",
     ):
         assert flag not in agreed
+
+
+def test_names_of_other_tools_lead_to_flags_that_are_there() -> None:
+    flags = {f"--{f.name.replace('_', '-')}" for f in fields(Config)}
+    assert set(OURS.values()) <= flags
+    assert not OURS.keys() & flags
+    for theirs in (
+        "--learning_rate", "--epochs", "--num-train-epochs", "--gradient-accumulation-steps", "--max-steps",
+        "--output-dir", "--model-name-or-path",
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"unknown flag {theirs}: is it --"):
+            parse([*GOOD, theirs, "1"], {})
