@@ -35,7 +35,7 @@ def read_model(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, special = convert(path)
-    beside = _json(path.parent / "tokenizer_config.json")
+    beside = read_json(path.parent / "tokenizer_config.json")
     template = path.parent / "chat_template.jinja"
     return PreTrainedTokenizerFast(
         tokenizer_object=_with_added(tokenizer, path.parent, beside),
@@ -145,7 +145,7 @@ def _with_added(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> T
     """`tokenizer` with the tokens that the files beside the model add behind its own."""
     from tokenizers import AddedToken
 
-    added = {number: content for content, number in _json(folder / "added_tokens.json").items()}
+    added = {number: content for content, number in read_json(folder / "added_tokens.json").items()}
     added |= {int(number): token["content"] for number, token in config.get("added_tokens_decoder", {}).items()}
     for number, content in sorted(added.items()):
         if number >= tokenizer.get_vocab_size(with_added_tokens=False):
@@ -155,7 +155,8 @@ def _with_added(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> T
     return tokenizer
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Its object; empty where there is no such file. Raises `TokenizerError`."""
     if not file.is_file():
         return {}
     try:

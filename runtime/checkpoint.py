@@ -144,13 +144,13 @@ class Checkpoints:
         spec: ModelSpec,
         optimizer: Optimizer,
         dtype: torch.dtype,
-        model: Path,
+        generation: Path,
         tokenizer: Path,
         complete: Complete | None = None,
     ) -> Path:
         """Write one checkpoint, all ranks together: files, then a manifest, then a rename, then `latest`.
 
-        The folders `model` and `tokenizer` give generation_config.json and the tokenizer's files.
+        The folders `generation` and `tokenizer` give generation_config.json and the tokenizer's files.
         `complete` fills in the other replicas' shards of a tensor's state, where the optimizer has but one."""
         meeting, name = self._meeting, f"checkpoint_{progress.step}"
         final, temporary = self.root / name, self.root / f".{name}.tmp"
@@ -167,7 +167,7 @@ class Checkpoints:
         if self.leads:
             write_index(temporary, spec, dtype)
             copy_tokenizer(tokenizer, temporary)
-            copy_generation_config(model, temporary)
+            copy_generation_config(generation, temporary)
             trainer = {"format": FORMAT, **answers[0]["progress"]}
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
             present = sorted(path.name for path in temporary.iterdir())

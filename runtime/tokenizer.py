@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..modules.sentencepiece import TokenizerError, read_json
 from .chat import NAMED, ChatRender, find_chat, use_chat
 from .config import Config, ConfigError
 from .load_tokenizer import load
@@ -42,6 +43,7 @@ class Vocabulary:
             if len(set(ids)) < len(ids):  # where there are holes, new ones are counted from the number of tokens
                 flags = " and ".join(f"--{k} {v}" for k, v in told.items() if v)
                 raise ConfigError(f"{flags}: {self.name} gives new tokens the ids of others")
+        self._turn_ends = chat is not None and bool(chat.end)
         if chat is not None:
             use_chat(config.chat_template, chat, tokenizer)
             self._folder = None  # what lies there is another tokenizer now
@@ -86,6 +88,22 @@ class Vocabulary:
         model = found / "tokenizer.model" if found.is_dir() else found
         if model.suffix == ".model" and model.is_file() and model.parent != folder:  # for programs that read no other
             shutil.copyfile(model, folder / "tokenizer.model")
+        return folder
+
+    def generation(self, model: Path, folder: Path) -> Path:
+        """Where a generation_config.json lies that stops at the end of a turn: in the model's folder, if the chat
+        template brings no token for that; else in `folder`, where it is written. Raises `ConfigError`."""
+        if not self._turn_ends:
+            return model
+        try:
+            own, config = (read_json(model / name) for name in ("generation_config.json", "config.json"))
+        except TokenizerError as error:
+            raise ConfigError(str(error)) from error
+        before = own.get("eos_token_id", config.get("eos_token_id"))
+        ends = [] if before is None else before if isinstance(before, list) else [before]
+        stops = list(dict.fromkeys([*ends, self.tokenizer.eos_token_id]))
+        kept = own or {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        (folder / "generation_config.json").write_text(json.dumps({**kept, "eos_token_id": stops}, indent=1))
         return folder
 
     def _frame_of(self, spec: TaskSpec) -> Frame:

@@ -296,7 +296,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     torchs = None
     if config.profiling == "pytorch_profiling" and config.rank == 0:
         torchs = TorchProfile(config.checkpoints / "traces", device, config.updates - progress.updates)
-    tokenizer = Path(config.tokenizer_name or config.model_name)
+    tokenizer, generation = Path(config.tokenizer_name or config.model_name), Path(config.model_name)
     vote = Vote(wires.world, wires.collectives, config.wire_timeout)
     evaluation = None
     if facts is not None:
@@ -305,6 +305,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
     if vocabulary is not None:
         tokenizer = vocabulary.files(config.checkpoints / "tokenizer")
+        generation = vocabulary.generation(generation, tokenizer)
     trainer = Trainer(
         config,
         topology,
@@ -321,7 +322,7 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
             spec,
             optimizer,
             dtype,
-            Path(config.model_name),
+            generation,
             tokenizer,
             config.rank,
             complete if optimizer.sharded else None,
@@ -367,7 +368,7 @@ def _save(
     spec: ModelSpec,
     optimizer: Optimizer,
     dtype: torch.dtype,
-    model: Path,
+    generation: Path,
     tokenizer: Path,
     rank: int,
     complete: Complete | None,
@@ -377,7 +378,7 @@ def _save(
             f"after update {progress.updates} the weights are no longer finite ({bad}), and are not saved: try a lower "
             "--lr, from the latest checkpoint on if there is one"
         )
-    folder = checkpoints.save(progress, spec, optimizer, dtype, model, tokenizer, complete)
+    folder = checkpoints.save(progress, spec, optimizer, dtype, generation, tokenizer, complete)
     if rank == 0:
         log.info("saved %s", folder)
 

@@ -19,7 +19,7 @@ from farspan.runtime.tokenizer import Vocabulary
 from launch import Run
 from tiny import make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 Flags = Callable[..., dict[str, Any]]
 TALK = [("system", "Be kind."), ("user", "Hi?"), ("assistant", "Yes."), ("user", "Why?"), ("assistant", "So.")]
@@ -167,6 +167,29 @@ def test_rows_of_a_known_form_are_recognised(
         open_tasks(bare, Vocabulary(bare))
 
 
+def test_generating_stops_where_a_turn_ends(tmp_path: Path) -> None:
+    """By the model's own generation_config.json, with one more end; as it stands where the end is the tokenizer's."""
+    make(tmp_path)
+    model, folder = tmp_path / "model", tmp_path / "folder"
+    model.mkdir()
+    folder.mkdir()
+    (model / "config.json").write_text('{"eos_token_id": 7, "bos_token_id": 6}')
+    told = {name: Vocabulary(Config(tokenizer_name=str(tmp_path), chat_template=name)) for name in ("chatml", "zephyr")}
+    assert told["zephyr"].generation(model, folder) == model
+    for own, want in (
+        (None, {"bos_token_id": 6, "eos_token_id": [7, 259]}),
+        ({"eos_token_id": 5, "top_p": 0.9}, {"top_p": 0.9, "eos_token_id": [5, 259]}),
+        ({"eos_token_id": [5, 259]}, {"eos_token_id": [5, 259]}),
+    ):
+        if own is not None:
+            (model / "generation_config.json").write_text(json.dumps(own))
+        assert told["chatml"].generation(model, folder) == folder
+        assert json.loads((folder / "generation_config.json").read_text()) == want
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read as JSON"):
+        told["chatml"].generation(model, folder)
+
+
 def test_rows_that_have_a_text_are_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "ok", **ROWS["Alpaca"]}) + "\n")
@@ -214,6 +237,7 @@ def test_a_run_keeps_its_chat_template(flags: Flags, tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template(talk(TALK[1:2]), tokenize=False, add_generation_prompt=True)
     assert prompt == IN_CHATML.removesuffix("Yes.<|im_end|>\n")
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 259
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [0, 259]  # the model's, and what ends a turn
     (tmp_path / "ck" / "latest").write_text("1")
     with Run(1, 1, told) as run:
         run.succeed()
