@@ -215,6 +215,11 @@ class WatchFlags:
         "minute",
         agree=False,
     )
+    show_data: int = _flag(
+        0,
+        "show a row of the data, its targets marked, each time this many updates are done; 0: only at the start",
+        agree=False,
+    )
     profiling: str = _flag(
         "no-profiling",
         "tidy_profiling writes one Chrome/Perfetto trace of all ranks and a picture of one step; pytorch_profiling "

@@ -18,6 +18,7 @@ from ..comm.topology import Coord, Topology
 from ..modules.loss import IGNORED, count_valid
 from ..pipeline.executor import Batch
 from .config import Config
+from .show_data import ShowData
 from .tasks import SHOWN, DataError, Drawn, TaskMixture
 
 BARREN = 100  # draws in a row without a token to predict, after which the run ends
@@ -120,8 +121,16 @@ class Feed:
     """The batches of one update after another. While one is computed, the next is drawn and sent."""
 
     def __init__(
-        self, config: Config, topology: Topology, ends: Ends, updates: int, mixture: TaskMixture | None, lane: Lane
+        self,
+        config: Config,
+        topology: Topology,
+        ends: Ends,
+        updates: int,
+        mixture: TaskMixture | None,
+        lane: Lane,
+        show: ShowData | None = None,
     ) -> None:
+        self._show = show
         self._config, self._topology, self._ends = config, topology, ends
         self._mixture, self._lane = mixture, lane
         self._left, self._barren = updates, 0
@@ -140,7 +149,9 @@ class Feed:
             drawn = self._ahead.get()
             if isinstance(drawn, DataError):
                 raise drawn
-            local, cursor, self.shares = drawn
+            local, cursor, self.shares, row = drawn
+            if self._show is not None:
+                self._show(self._config.updates - self._left, *row)
         steps = range(self._config.gradient_accumulate_step)
         batches = [self._arriving.next(local[step] if local else None) for step in steps]
         self._prefetch()
@@ -165,8 +176,9 @@ class Feed:
         if self._mixture is not None:
             self._ahead = self._lane.submit(self._draw, label="draw")
 
-    def _draw(self) -> tuple[list[Batch], dict[str, Any], dict[str, Any]] | DataError:
-        """On rank 0: the whole update's rows, each replica's share on its way, this rank's own share as the result.
+    def _draw(self) -> tuple[list[Batch], dict[str, Any], dict[str, Any], tuple[Tensor, Tensor]] | DataError:
+        """On rank 0: the whole update's rows, each replica's share on its way, this rank's own share as the result;
+        cursor and shares behind them; tokens and labels of the first row with a target.
 
         Or why there are none. That is told where they are needed; what the others wait for is blank meanwhile, so that
         what is dealt after it (an evaluation, say) still comes where it is expected.
@@ -185,7 +197,9 @@ class Feed:
         positions = torch.from_numpy(drawn.positions).view(shape) if drawn.positions is not None else [None] * shape[0]
         steps = zip(torch.from_numpy(drawn.tokens).view(shape), labels.view(shape), positions, strict=True)
         local = [deal(grid, self._ends, tokens, own, valid, where) for tokens, own, where in steps]
-        return problem or (local, self._mixture.state(), self._mixture.shares())
+        first = int((labels != IGNORED).any(1).int().argmax())
+        row = torch.from_numpy(drawn.tokens[first]), labels[first]
+        return problem or (local, self._mixture.state(), self._mixture.shares(), row)
 
     def _draw_targets(self, rows: int) -> tuple[Drawn, Tensor]:
         """The next `rows` sequences that hold a token to predict, and their labels [rows, T]; others are passed over.

@@ -65,6 +65,10 @@ class Vocabulary:
         self._ends_templates = config.eos == "auto" and not self.frame.end
         self._told: set[str] = set()
 
+    def decode(self, tokens: list[int]) -> str:
+        """As text, special tokens included."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def recipe(self, spec: TaskSpec) -> Recipe:
         """Raises `DataError` where the task asks for what the tokenizer cannot do."""
         if spec.loss_on == "completion" and not isinstance(self.encoder, BackendEncoder):

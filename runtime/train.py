@@ -62,6 +62,7 @@ from .prepare import (
     share_threads,
 )
 from .profiling import Profile
+from .show_data import ShowData
 from .split import layer_split, told
 from .tasks import DataError
 from .torch_profile import TorchProfile
@@ -292,7 +293,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         wires.collectives.submit(lambda: replicas.complete(index, x)).get()
 
     metrics = Metrics(config, progress.step) if config.rank == 0 else None
-    feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data)
+    show = ShowData(vocabulary.decode, config.show_data) if vocabulary is not None else None
+    feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data, show)
     torchs = None
     if config.profiling == "pytorch_profiling" and config.rank == 0:
         torchs = TorchProfile(config.checkpoints / "traces", device, config.updates - progress.updates)

@@ -39,7 +39,7 @@ def problems_of(config: Config) -> list[str]:
         refuse(getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be at least 1")
     for name in (
         "lr", "weight_decay", "warmup_steps", "max_grad_norm", "checkpoint_steps", "log_steps", "num_layers", "min_lr",
-        "loss_scale", "data_workers",
+        "loss_scale", "data_workers", "show_data",
     ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
     refuse(c.cuda_id < -1, f"--cuda-id {c.cuda_id} must not be negative")
