@@ -48,7 +48,8 @@ LARGEST = 64 * 2**20
 """Bytes of the largest request or answer."""
 GONE = "gone"
 """The key under which stand the ranks, by commas, whose beating connection closed without a farewell (`bye/RANK`)."""
-SET, GET, ADD, CHECK, WAIT, COMPARE_SET, DONE, TIMEOUT = range(8)
+SET, GET, ADD, CHECK, WAIT, COMPARE_SET, DONE, TIMEOUT, TAKE = range(9)
+"""TAKE is a GET of as many keys as there are ranks: when it was answered as often, the keys are forgotten."""
 
 log = logging.getLogger("farspan")
 
@@ -227,12 +228,13 @@ class StoreClient(Store):
     def trade(
         self, key: str, value: str, keys: Sequence[str], timeout_s: float, check: Callable[[], None]
     ) -> list[bytes]:
-        """Set `key` and get all `keys`, in one round trip from when the last is set. `check` is called now and then.
+        """Set `key` and get all `keys`, one a rank, in one round trip from when the last is set. The store forgets them
+        when every rank has them. `check` is called now and then.
 
         Raises `KeysMissing`, `StoreLost`, and whatever `check` does.
         """
         self._post(SET, key.encode(), value.encode())
-        answer = self._post(GET, str(timeout_s).encode(), *_encode(keys))
+        answer = self._post(TAKE, str(timeout_s).encode(), *_encode(keys))
         return self._result(answer, timeout_s, check)
 
     # The names and meanings are those of torch.distributed.Store, so that Gloo's groups can use it.

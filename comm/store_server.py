@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import threading
+from collections import Counter
 from functools import partial
 
 from .store import (
@@ -24,6 +25,7 @@ from .store import (
     PROOF_S,
     REFUSAL,
     SET,
+    TAKE,
     TIMEOUT,
     WAIT,
     pack,
@@ -47,6 +49,7 @@ class StoreServer:
         self._secret = secret
         self._values: dict[str, bytes] = {}
         self._awaited: dict[str, list[asyncio.Future[None]]] = {}
+        self._taken: Counter[tuple[str, ...]] = Counter()
         self._unproven: dict[asyncio.Task, str] = {}  # oldest first
         self._refused = 0
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -125,7 +128,7 @@ class StoreServer:
                     raise ValueError(f"a request of {size} bytes")
                 code, (tag, *fields) = unpack(await reader.readexactly(size))
                 beats = beats or (code == ADD and fields[:1] == [f"beat/{rank}".encode()])
-                if code in (GET, WAIT):
+                if code in (GET, TAKE, WAIT):
                     timeout_s, keys = float(fields[0]), [f.decode() for f in fields[1:]]
                     task = asyncio.create_task(self._answer_later(writer, code, tag, keys, timeout_s))
                     waiting.add(task)
@@ -195,7 +198,17 @@ class StoreServer:
                         living = [other for other in self._awaited.get(key, ()) if not other.done()]
                         self._awaited[key] = [*living, future]
                         await future
-            answer = pack(DONE, tag, *(self._values[key] for key in keys if code == GET))
+            answer = pack(DONE, tag, *(self._values[key] for key in keys if code != WAIT))
+            if code == TAKE:
+                self._forget_after_all(tuple(keys))
         except TimeoutError:
             answer = pack(TIMEOUT, tag, *(key.encode() for key in keys if key not in self._values))
         writer.write(answer)
+
+    def _forget_after_all(self, keys: tuple[str, ...]) -> None:
+        """One rank more has all of an exchange's keys: the last one clears them away."""
+        self._taken[keys] += 1
+        if self._taken[keys] == len(keys):
+            del self._taken[keys]
+            for key in keys:
+                self._values.pop(key, None)

@@ -120,6 +120,32 @@ def test_a_trade_sets_and_gets(server: tuple[StoreServer, int]) -> None:
             assert trade.result(5) == [b"of 0", b"of 1", b"of 2"]
 
 
+def test_an_exchange_that_all_have_read_is_forgotten(server: tuple[StoreServer, int]) -> None:
+    clients = [client(server[1], rank) for rank in range(3)]
+    clients[0].set("stays", "here")
+
+    def trades(rank: int) -> None:
+        for number in range(100):
+            keys = [f"checkpoint_{number}/{each}" for each in range(3)]
+            got = clients[rank].trade(keys[rank], f"{number} of {rank}", keys, 20.0, lambda: None)
+            assert got == [f"{number} of {each}".encode() for each in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(trades, range(3)))
+    assert list(server[0]._values) == ["stays"]
+    assert not server[0]._taken
+
+
+def test_an_exchange_is_kept_for_who_has_yet_to_read_it(server: tuple[StoreServer, int]) -> None:
+    early, late = client(server[1]), client(server[1], 1)
+    keys = ["t/0", "t/1"]
+    late.set("t/1", "of 1")
+    early.trade("t/0", "of 0", keys, 5.0, lambda: None)
+    assert server[0]._values.keys() == set(keys)
+    assert late.trade("t/1", "of 1", keys, 5.0, lambda: None) == [b"of 0", b"of 1"]
+    assert not server[0]._values
+
+
 def test_a_trade_names_the_keys_that_did_not_come(server: tuple[StoreServer, int]) -> None:
     a = client(server[1])
     with pytest.raises(KeysMissing, match=r"^rank 0: no t/1, t/2 in 0 s$") as caught:
