@@ -97,6 +97,12 @@ class Liveness:
                 self._cause = self._cause or (self._master_lost(trouble) if broken else line)
         return self._cause or line_of(self.rank, error)
 
+    def await_news(self) -> None:
+        """Give the watcher time to find a first cause, where an error may well be another consequence of it."""
+        deadline = time.monotonic() + 3 * self._period_s
+        while self._cause is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def linger(self) -> None:
         """Before this process ends itself: rank 0 keeps the store open until all who can know of the failure do, also
         ranks that have yet to come, which would wait for it until their --join-timeout."""

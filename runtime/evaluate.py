@@ -56,7 +56,7 @@ def open_held_out(config: Config, topology: Topology, vocabulary: Vocabulary) ->
         if not count_valid(labels):
             raise DataError(f"{config.evaluation_data} holds no token that follows another and is to be predicted")
     except DataError as error:
-        raise DataError(f"--evaluation-data: {error}") from error
+        raise type(error)(f"--evaluation-data: {error}") from error
     positions = torch.from_numpy(drawn.positions).view(-1, *shape) if drawn.positions is not None else None
     return HeldOut(tokens.view(-1, *shape), labels.view(-1, *shape), digest, positions)
 

@@ -8,13 +8,19 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
 from .recipe import Block, Raw, Recipe
 from .task_spec import DataError
+
+
+class WorkerLost(DataError):
+    """A process of --data-workers is gone. Who ended it may have ended others too, this very process in a moment."""
 
 
 class Pending(Protocol):
@@ -87,16 +93,19 @@ class Workers:
         packed = bytes(ForkingPickler.dumps(list(recipes)))
         self._threads: list[threading.Thread] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, os.getpid()), name=f"tokens-{number}", daemon=True)
-            process.start()
-            theirs.close()
-            # A daemon: a thread that waits for a process must not keep a failed run alive.
-            thread = threading.Thread(target=self._feed, args=(process, ours, packed), daemon=True)
+        with _unheeded():
+            for number in range(count):
+                ours, theirs = context.Pipe()
+                who = (theirs, os.getpid())
+                process = context.Process(target=_serve, args=who, name=f"tokens-{number}", daemon=True)
+                process.start()
+                theirs.close()
+                # A daemon: a thread that waits for a process must not keep a failed run alive.
+                thread = threading.Thread(target=self._feed, args=(process, ours, packed), daemon=True)
+                self._processes.append(process)
+                self._threads.append(thread)
+        for thread in self._threads:
             thread.start()
-            self._processes.append(process)
-            self._threads.append(thread)
 
     @property
     def pids(self) -> list[int]:
@@ -133,7 +142,7 @@ class Workers:
                 broken = True
                 process.join(1.0)
                 pending.settle(
-                    DataError(
+                    WorkerLost(
                         f"a process of --data-workers ended by itself (exit code {process.exitcode}); "
                         "if the machine is short of memory, use fewer"
                     )
@@ -143,11 +152,20 @@ class Workers:
         pipe.close()
 
 
+@contextmanager
+def _unheeded() -> Iterator[None]:
+    """What is started here heeds neither Ctrl-C nor a launcher's SIGTERM, from its first moment on: these go to the
+    whole group of processes, and what they mean is the run's to say. (A process inherits what is blocked.)"""
+    resource_tracker.ensure_running()  # else the first start would, and unblock both
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _serve(pipe: Connection, parent: int) -> None:
     """A worker's life: recipes, then jobs, until the pipe closes."""
-    # Ctrl-C, and a launcher's SIGTERM, go to the whole group of processes; what they mean is the run's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     try:

@@ -65,6 +65,7 @@ from .profiling import Profile
 from .show_data import ShowData
 from .split import layer_split, told
 from .tasks import DataError
+from .token_workers import WorkerLost
 from .torch_profile import TorchProfile
 from .trainer import STOPPED, Diverged, Trainer, Vote
 from .usage import Usage
@@ -161,6 +162,8 @@ def run(config: Config) -> int:
             if meeting is None:
                 say(line_of(config.rank, error))
             else:
+                if isinstance(error, WorkerLost):
+                    meeting.liveness.await_news()
                 meeting.failed(error, say)
                 status = RESUMABLE if meeting.liveness.stopped else 1
         finally:

@@ -9,10 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from farspan.converters.hf import import_hf
+from faults import signalled, worker_lost
 from launch import RESUMABLE, Ended, Run
 from tiny import make_model
 
@@ -148,6 +150,18 @@ def test_more_stages_than_layers(flags: Flags, tmp_path: Path) -> None:
 
 def test_a_split_that_drops_a_layer(flags: Flags) -> None:
     fails(flags(num_layers=2), 0, "--num-layers 2", "5 layers", "--num-layers 3")
+
+
+def test_a_lost_rank_is_the_first_cause_though_a_worker_died_with_it(flags: Flags, tmp_path: Path) -> None:
+    """Who kills all processes of a job hits a worker of rank 0 first, and others a moment later."""
+    hit = {
+        0: partial(worker_lost, "in a step"),
+        1: partial(signalled, "in a step", signal.SIGKILL, str(tmp_path / "t")),
+    }
+    with Run(2, 1, flags(heartbeat_period=3), faults=hit) as run:
+        ended = run.wait()[0]
+    assert "farspan: rank 0: lost rank 1" in ended.err
+    assert "--data-workers" not in ended.err
 
 
 def test_backend_that_is_not_there(flags: Flags) -> None:

@@ -388,6 +388,22 @@ def assert_gone(made: TaskMixture) -> None:
             os.kill(pid, 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_heeds_no_signal_from_its_first_moment_on(tmp_path: Path, number: signal.Signals) -> None:
+    """A launcher's SIGTERM, which reaches all processes, comes while it is still being made."""
+    path = write(tmp_path / "a.jsonl", ["x" * 40] * 20)
+    made = mixture(tmp_path, str(path), 8, data_workers=2)
+    try:
+        for pid in made._pool.pids:  # type: ignore[attr-defined]
+            os.kill(pid, number)
+        assert made.draw(10).tokens.shape == (10, 8)
+        for pid in made._pool.pids:  # type: ignore[attr-defined]
+            os.kill(pid, 0)
+    finally:
+        made.close()
+    assert_gone(made)
+
+
 def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["x" * 40] * 2000)
     made = mixture(tmp_path, str(path), 8, data_workers=1)

@@ -16,6 +16,7 @@ from farspan.pipeline.stage import Stage
 from farspan.runtime import checkpoint, prepare, train, trainer
 from farspan.runtime.checkpoint import Checkpoints
 from farspan.runtime.evaluate import Evaluation
+from farspan.runtime.token_workers import WorkerLost
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "while loading": (train, "fill", 1),
@@ -36,6 +37,15 @@ def signalled(phase: str, number: int, told: str) -> None:
         os.kill(os.getpid(), number)
 
     _before(owner, name, due, strike)
+
+
+def worker_lost(phase: str) -> None:
+    """A process of --data-workers is found dead in a phase."""
+
+    def strike() -> None:
+        raise WorkerLost("a process of --data-workers ended by itself (exit code -9)")
+
+    _before(*PHASES[phase], strike)
 
 
 def slow_to_open(seconds: float) -> None:
