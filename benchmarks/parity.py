@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, g
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("FARSPAN_DATA", ROOT.parent / "shared" / "data"))
+DATA = os.environ.get("FARSPAN_DATA")
 BOUND = 1e-4  # nats a token: the most by which two losses of the same step, or of the same held-out text, may differ
 ROWS, MICRO_ROWS, LENGTH, SEED = 8, 2, 256, 1  # ROWS of all replicas together
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.999), 1e-6, 0.01, 1.0
@@ -305,16 +305,22 @@ def draw(reference: Outcome, outcomes: dict[str, Outcome], path: Path) -> None:
     plt.close(figure)
 
 
+def data(name: str) -> Path | None:
+    return Path(DATA, name) if DATA is not None else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=DATA / "stories260K", help="folder of a pretrained Llama")
-    parser.add_argument("--task", type=Path, default=DATA / "gsm8k" / "train.jsonl", help="question, answer a line")
+    parser.add_argument("--model", type=Path, default=data("stories260K"), help="folder of a pretrained Llama")
+    parser.add_argument("--task", type=Path, default=data("gsm8k/train.jsonl"), help="question, answer a line")
     parser.add_argument("--steps", type=int, default=300, help="steps of each run [300]")
     parser.add_argument("--held-out", type=int, default=200, help="lines at the end of --task that are held out [200]")
     parser.add_argument("--grids", default=",".join(grid.name for grid in GRIDS), help="which of [1×1,2×1,2×2,3×1]")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where parity.md and parity.png go [docs]")
     told = parser.parse_args()
     for flag, path in (("--model", told.model), ("--task", told.task)):
+        if path is None:
+            parser.error(f"{flag} is needed, where FARSPAN_DATA names no folder with stories260K and gsm8k")
         if not path.exists():
             parser.error(f"{flag} {path} is not there: any small Llama, and GSM8K's train.jsonl, will do")
     wanted = told.grids.replace("x", "×").split(",")

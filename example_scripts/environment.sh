@@ -35,8 +35,8 @@ farspan_environment() {
     stamp="$farspan_root/.venv/farspan-installed$farspan_extras"
     want=$(cat "$farspan_root/setup.py" "$farspan_root/pyproject.toml" "$farspan_root/constraints.txt" | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-        echo "installing farspan$farspan_extras into .venv (once; a few minutes where torch must be downloaded)"
-        (cd "$farspan_root" && .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".$farspan_extras") || return 1
+        echo "installing farspan$farspan_extras into .venv: once, some minutes, in which pip says what it is at"
+        (cd "$farspan_root" && .venv/bin/pip install --disable-pip-version-check -c constraints.txt -e ".$farspan_extras") || return 1
         printf '%s' "$want" > "$stamp"
     fi
     . "$farspan_root/.venv/bin/activate"

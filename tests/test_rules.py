@@ -156,6 +156,19 @@ def test_nothing_in_a_room_serves_tests_alone() -> None:
     assert {name for name in defined - named if not name.startswith("__")} == set()
 
 
+def test_only_the_fixture_and_the_benchmark_ask_for_data() -> None:
+    """So every test that depends on it is known, and `.ci/run` can run it without."""
+    asking = {path.relative_to(REPO).as_posix() for path in sources() if "FARSPAN_" + "DATA" in path.read_text("utf-8")}
+    assert asking == {"tests/conftest.py", "tests/pretrained/make.py", "benchmarks/parity.py", "tests/test_ci.py"}
+
+
+def test_what_is_tested_is_this_checkout() -> None:
+    import farspan
+
+    assert farspan.__file__ is not None
+    assert Path(farspan.__file__).resolve().parent == REPO
+
+
 @pytest.mark.parametrize(
     ("path", "source", "what"),
     [

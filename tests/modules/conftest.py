@@ -9,7 +9,6 @@ import torch
 from farspan.modules.layers import build_layers, hf_names
 from farspan.modules.loss import cross_entropy_sum
 from farspan.modules.shards import ShardStore
-from launch import DATA
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -118,11 +117,3 @@ def load() -> Callable[[Path], tuple[ShardStore, list[nn.Module]]]:
 @pytest.fixture
 def assert_same() -> Callable[..., None]:
     return assert_same_model
-
-
-@pytest.fixture(scope="session")
-def stories() -> Path:
-    folder = DATA / "stories260K"
-    if not (folder / "model.safetensors").is_file():
-        pytest.skip(f"no pretrained model at {folder}")
-    return folder

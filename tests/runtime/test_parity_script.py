@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launch import DATA, REPO
+from launch import REPO
+from pretrained import Pretrained
 
 SCRIPT = REPO / "benchmarks" / "parity.py"
 
@@ -24,11 +25,10 @@ def parity() -> ModuleType:
     return module
 
 
-def test_five_steps_of_two_stages(tmp_path: Path) -> None:
-    if not (DATA / "stories260K" / "model.safetensors").is_file() or not (DATA / "gsm8k" / "train.jsonl").is_file():
-        pytest.skip(f"no pretrained model or no GSM8K in {DATA}")
-    told = ["--steps", "5", "--grids", "2x1", "--held-out", "8", "--docs", str(tmp_path / "docs")]
-    done = subprocess.run([sys.executable, SCRIPT, *told], capture_output=True, text=True, timeout=120, check=False)
+def test_five_steps_of_two_stages(tmp_path: Path, pretrained: Pretrained, problems: Path) -> None:
+    told = ["--model", pretrained.folder, "--task", problems, "--steps", "5", "--grids", "2x1", "--held-out", "8"]
+    script = [sys.executable, SCRIPT, *told, "--docs", tmp_path / "docs"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "docs" / "parity.md").read_text()
     (row,) = (line.split("|") for line in text.splitlines() if line.startswith("| 2×1"))
@@ -65,7 +65,7 @@ def test_a_broken_bound_ends_it_with_1(
     monkeypatch.setattr(parity, "hugging_face", lambda *_: reference)
     monkeypatch.setattr(parity, "train", lambda *_: parity.Outcome(losses, before, after))
     monkeypatch.setattr(parity, "draw", lambda *_: None)
-    told = ["--task", str(tmp_path / "task.jsonl"), "--held-out", "1", "--grids", "1x1", "--docs", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["parity.py", *told])
+    told = ["--model", str(tmp_path), "--task", str(tmp_path / "task.jsonl"), "--held-out", "1", "--grids", "1x1"]
+    monkeypatch.setattr(sys, "argv", ["parity.py", *told, "--docs", str(tmp_path)])
     assert parity.main() == bool(broken)
     assert broken in capsys.readouterr().err

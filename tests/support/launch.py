@@ -17,8 +17,6 @@ from types import TracebackType
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("FARSPAN_DATA", REPO.parent / "shared" / "data"))
-"""Real data: stories260K (a small pretrained Llama) and gsm8k. Tests that want it skip where it is absent."""
 
 RESUMABLE = 75
 """The exit status of a run that a signal ended before its last step."""
