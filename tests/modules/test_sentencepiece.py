@@ -68,7 +68,7 @@ def test_the_ids_are_sentencepieces_own(
 
 def test_of_real_texts(model: Path, own: SentencePieceProcessor, real_data: Path | None) -> None:
     if real_data is None:
-        pytest.skip("FARSPAN_DATA is not set; the texts of the test before are the standard library's")
+        pytest.skip("no real data; the texts of the test before are the standard library's")
     rows = [json.loads(line) for line in (real_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:500]]
     said = [text for row in rows for text in (row["question"] + "\n" + row["answer"], f"  {row['answer']}  ")]
     assert len(said) == 1000
