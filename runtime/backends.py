@@ -48,7 +48,7 @@ class _Wandb:
         import wandb
 
         kept = config.checkpoints / "wandb" / "run-id"
-        known = kept.read_text().strip() if start_step and kept.exists() else None
+        known = kept.read_text().strip() or None if start_step and kept.exists() else None
         try:
             self._run = wandb.init(
                 project=config.project_name,
@@ -65,6 +65,7 @@ class _Wandb:
                 f"--train-log-backend wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline"
             ) from error
         if not self._run.disabled:
+            kept.parent.mkdir(exist_ok=True)
             kept.write_text(self._run.id)
         # wandb's own step must grow with each row; a row of an evaluation comes at the step of an update.
         self._run.define_metric("step", hidden=True)
