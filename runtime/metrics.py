@@ -26,7 +26,6 @@ class Metrics:
     """
 
     def __init__(self, config: Config, start_step: int) -> None:
-        self._config = config
         path = config.checkpoints / "metrics.jsonl"
         kept = _cut(path, start_step)
         self._file = path.open("a")
