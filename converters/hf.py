@@ -18,8 +18,10 @@ from ..modules.shards import (
     ShardStore,
     copy_generation_config,
     copy_tokenizer,
+    old_unit_file,
     own_names,
     save_tensors,
+    unit_file,
     weight_map,
     write_index,
     write_json,
@@ -185,7 +187,8 @@ def _is_finished(target: Path, family: str) -> bool:
         store = ShardStore(target)
     except (ShardError, SpecError):
         return False
-    return store.spec.family == family and store.files == weight_map(store.spec) and not store.missing_units()
+    by_unit = store.files in (weight_map(store.spec, unit_file), weight_map(store.spec, old_unit_file))
+    return store.spec.family == family and by_unit and not store.missing_units()
 
 
 def _refuse_filled(target: Path, why: str) -> None:

@@ -1,18 +1,19 @@
 """Weights on disk, one unit at a time, under their Hugging Face names.
 
-A shard folder is a Hugging Face checkpoint whose files happen to be cut by layer:
+A shard folder is a Hugging Face checkpoint whose files happen to be cut by unit (embedding, layers, head):
 
-    config.json  model.safetensors.index.json  embed.safetensors  block-00000.safetensors  …  head.safetensors
+    config.json  model.safetensors.index.json  model-00001-of-00030.safetensors  …  model-00030-of-00030.safetensors
 
 The index says where each tensor lies, so any other safetensors checkpoint is read the same way; cut by layer, a site
-needs no more on its disk than the layers it trains.
+needs no more on its disk than the layers it trains. Folders of before have embed.safetensors, block-00000.safetensors
+… and head.safetensors instead, and are read alike.
 """
 
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -100,8 +101,9 @@ class ShardStore:
         if (self.folder / SINGLE).is_file():
             with opened(self.folder / SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
-        if any((self.folder / unit_file(self.spec, unit)).is_file() for unit in range(self.spec.unit_count)):
-            return weight_map(self.spec)  # layer files without their index: their names say enough
+        for named in (unit_file, old_unit_file):
+            if any((self.folder / named(self.spec, unit)).is_file() for unit in range(self.spec.unit_count)):
+                return weight_map(self.spec, named)  # layer files without their index: their names say enough
         if any(self.folder.glob("pytorch_model*.bin")):
             raise ShardError(
                 f"{self.folder} holds pytorch_model.bin and no safetensors: "
@@ -143,8 +145,27 @@ class ShardStore:
 
 
 def unit_file(spec: ModelSpec, unit: int) -> str:
-    """ "embed.safetensors", "block-00017.safetensors", "head.safetensors"."""
+    """ "model-00018-of-00030.safetensors": named as tools that never read the index look for weights."""
+    return f"model-{_place(spec, unit)}.safetensors"
+
+
+def old_unit_file(spec: ModelSpec, unit: int) -> str:
+    """What `unit_file` was in folders of before: "embed.safetensors", "block-00016.safetensors", "head.safetensors"."""
     return f"{spec.unit_name(unit)}.safetensors"
+
+
+def state_file(spec: ModelSpec, unit: int) -> str:
+    """Where the optimizer's state of a unit lies in a checkpoint: in a folder of its own, so that no tool takes moments
+    for weights."""
+    return f"optimizer/state-{_place(spec, unit)}.safetensors"
+
+
+def old_state_file(spec: ModelSpec, unit: int) -> str:
+    return f"{spec.unit_name(unit)}.optim.safetensors"
+
+
+def _place(spec: ModelSpec, unit: int) -> str:
+    return f"{unit + 1:05d}-of-{spec.unit_count:05d}"
 
 
 def own_names(spec: ModelSpec, unit: int) -> dict[str, str]:
@@ -156,11 +177,9 @@ def own_names(spec: ModelSpec, unit: int) -> dict[str, str]:
     }
 
 
-def weight_map(spec: ModelSpec) -> dict[str, str]:
-    """HF tensor name → file name, for a folder cut by layer."""
-    return {
-        hf_name: unit_file(spec, unit) for unit in range(spec.unit_count) for hf_name in own_names(spec, unit).values()
-    }
+def weight_map(spec: ModelSpec, named: Callable[[ModelSpec, int], str] = unit_file) -> dict[str, str]:
+    """HF tensor name → file name, for a folder cut by unit."""
+    return {hf_name: named(spec, unit) for unit in range(spec.unit_count) for hf_name in own_names(spec, unit).values()}
 
 
 def write_unit(folder: Path, spec: ModelSpec, unit: int, tensors: Mapping[str, Tensor]) -> Path:

@@ -1,7 +1,7 @@
 """Training checkpoints: a Hugging Face folder plus the optimizer's state by layer and `trainer.json`.
 
-    checkpoint_200/  config.json  model.safetensors.index.json  embed.safetensors  block-00000.safetensors …
-                     embed.optim.safetensors  block-00000.optim.safetensors …
+    checkpoint_200/  config.json  model.safetensors.index.json  model-00001-of-00030.safetensors …
+                     optimizer/state-00001-of-00030.safetensors …
                      trainer.json  manifest.json  and the tokenizer's files
     latest           the step of the newest complete checkpoint, in decimal digits
     best             the step of the one with the lowest held-out loss, likewise
@@ -31,8 +31,10 @@ from ..modules.shards import (
     ShardStore,
     copy_generation_config,
     copy_tokenizer,
+    old_state_file,
     opened,
     save_tensors,
+    state_file,
     unit_file,
     write_index,
     write_unit,
@@ -156,7 +158,7 @@ class Checkpoints:
         final, temporary = self.root / name, self.root / f".{name}.tmp"
         if self.leads:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            (temporary / "optimizer").mkdir(parents=True)
         save = meeting.exchange(f"{name} opened", os.urandom(8).hex(), self._timeout_s)[0]
         files = _write_units(temporary, spec, optimizer, complete, self.writes) if self.writes or complete else []
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
@@ -170,7 +172,7 @@ class Checkpoints:
             copy_generation_config(generation, temporary)
             trainer = {"format": FORMAT, **answers[0]["progress"]}
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
-            present = sorted(path.name for path in temporary.iterdir())
+            present = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
             missing = sorted({f for r in self.site for f in answers[r]["files"]} - set(present))
             if missing:
                 raise CheckpointError(f"{temporary}: {missing[0]} vanished while the checkpoint was written")
@@ -178,6 +180,7 @@ class Checkpoints:
             manifest = {"format": FORMAT, "save": save, "branches": self._start.branches, "files": sizes}
             for file in present:
                 _flush(temporary / file)
+            _flush(temporary / "optimizer")
             _write_flushed(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _flush(temporary)
             if final.exists():
@@ -230,7 +233,9 @@ class Checkpoints:
             progress = replace(progress, best_loss=None, best_step=None, waited=0)
         load_weights(ShardStore(folder), optimizer)
         for index, tensor in enumerate(optimizer.tensors):
-            path = folder / _optim_file(spec, tensor.owner)
+            path = folder / old_state_file(spec, tensor.owner)
+            if not path.exists():
+                path = folder / state_file(spec, tensor.owner)
             with opened(path) as file:
                 have = set(file.keys())
                 shapes = optimizer.state_shapes(index)
@@ -277,10 +282,6 @@ def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
         optimizer.set_weight(index, weight if len(weight) == rows else grow_rows(weight, rows))
 
 
-def _optim_file(spec: ModelSpec, unit: int) -> str:
-    return unit_file(spec, unit).replace(".safetensors", ".optim.safetensors")
-
-
 def _write_units(
     folder: Path, spec: ModelSpec, optimizer: Optimizer, complete: Complete | None, writes: bool
 ) -> list[str]:
@@ -297,8 +298,8 @@ def _write_units(
         if not writes:
             continue
         write_unit(folder, spec, unit, {t.name: t.parameter for _, t in own})
-        save_tensors(folder / _optim_file(spec, unit), states)
-        written += [unit_file(spec, unit), _optim_file(spec, unit)]
+        save_tensors(folder / state_file(spec, unit), states)
+        written += [unit_file(spec, unit), state_file(spec, unit)]
     return written
 
 

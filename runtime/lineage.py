@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..modules.shards import unit_file
+from ..modules.shards import old_unit_file, unit_file
 from ..modules.spec import ModelSpec
 from .retention import checkpoint_steps
 
@@ -83,7 +83,11 @@ def survey(root: Path, need: range, spec: ModelSpec) -> list[Found]:
     for step in checkpoint_steps(root):
         folder = folder_of(root, step)
         seen = inspect(folder)
-        missing = [file for unit in need if not (folder / (file := unit_file(spec, unit))).exists()]
+        missing = [
+            unit_file(spec, unit)
+            for unit in need
+            if not any((folder / named(spec, unit)).exists() for named in (unit_file, old_unit_file))
+        ]
         if missing and not seen.fault:
             seen = replace(seen, fault=f"{missing[0]} is not there")
         found.append(seen)

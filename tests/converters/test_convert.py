@@ -56,7 +56,8 @@ def test_there_and_back(
     assert_same_weights(shards / "some-model", model)
 
     # As a training checkpoint would be: optimizer state and notes beside the layers.
-    save_file({"moment": torch.ones(3)}, shards / "some-model" / "head.optim.safetensors")
+    (shards / "some-model" / "optimizer").mkdir()
+    save_file({"moment": torch.ones(3)}, shards / "some-model" / "optimizer" / "state-00004-of-00004.safetensors")
     (shards / "some-model" / "trainer.json").write_text("{}")
     flags = ["--n-stages", "2", "--n-layer-per-stage", "1"]
     assert main_to(family, ["--ckpt-path", str(shards / "some-model"), "--save-path", str(back), *flags]) == 0
@@ -139,7 +140,7 @@ def test_a_finished_conversion_is_left_alone(tmp_path: Path, caplog: pytest.LogC
     assert import_hf("llama", str(tmp_path / "hf"), tmp_path / "out") == target
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
     assert "is a finished conversion already" in caplog.text
-    next(target.glob("block-*")).unlink()
+    next(target.glob("model-00002-*")).unlink()
     with pytest.raises(ConvertError, match="is there already, and it is not a finished conversion"):
         import_hf("llama", str(tmp_path / "hf"), tmp_path / "out")
 

@@ -35,4 +35,4 @@ def test_a_conversion_leaves_the_sums_of_all_its_files(tmp_path: Path) -> None:
     shards = import_hf("gptneox", str(make_model(tmp_path / "hf")), tmp_path / "shards")
     sums = read_sums(shards)
     assert sums.keys() == {path.name for path in shards.iterdir()} - {SUMS}
-    assert sums["block-00001.safetensors"] == sha256(shards / "block-00001.safetensors")
+    assert sums["model-00003-of-00007.safetensors"] == sha256(shards / "model-00003-of-00007.safetensors")

@@ -1,6 +1,7 @@
 """Weights on disk: HF's folders read by unit, ours loaded by HF, and what does not fit refused by name."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from farspan.modules.shards import (
     write_unit,
 )
 from safetensors.torch import load_file, save_file
+from tiny import spell_as_before
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -74,6 +76,30 @@ def test_index_counts_the_bytes_and_names_what_is_there(plain: Path, tmp_path: P
     assert index["metadata"]["total_size"] == size
 
 
+def test_other_tools_find_the_weights(plain: Path, tmp_path: Path) -> None:
+    """Those that never read the index: llama.cpp's converter (names), mlx_lm (a glob)."""
+    shards = tmp_path / "shards"
+    write_shards(plain, shards)
+    whole = load_file(plain / "model.safetensors").keys()
+    by_llama_cpp = [n for n in os.listdir(shards) if n.startswith("model") and n.endswith(".safetensors")]
+    by_mlx = [path.name for path in shards.glob("model*.safetensors")]
+    assert sorted(by_llama_cpp) == sorted(by_mlx) == sorted(path.name for path in shards.glob("*.safetensors"))
+    assert {name for file in by_mlx for name in load_file(shards / file)} == whole
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_folders_of_before_are_read_alike(plain: Path, tmp_path: Path, with_index: bool) -> None:
+    store = write_shards(plain, tmp_path / "old")
+    spell_as_before(tmp_path / "old")
+    assert (tmp_path / "old" / "block-00001.safetensors").is_file()
+    if not with_index:
+        (tmp_path / "old" / "model.safetensors.index.json").unlink()
+    old = ShardStore(tmp_path / "old")
+    for unit in range(store.spec.unit_count):
+        expected, found = store.read_unit(unit), old.read_unit(unit)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_checkpoint_in_several_files(tiny_hf: Make, plain: Path, tmp_path: Path) -> None:
     tiny_hf("llama").save_pretrained(tmp_path / "several", max_shard_size="10KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
@@ -86,24 +112,24 @@ def test_a_checkpoint_in_several_files(tiny_hf: Make, plain: Path, tmp_path: Pat
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_site_needs_only_its_own_layers(plain: Path, tmp_path: Path, with_index: bool) -> None:
     store = write_shards(plain, tmp_path / "shards")
-    (tmp_path / "shards" / "block-00000.safetensors").unlink()
+    (tmp_path / "shards" / "model-00002-of-00004.safetensors").unlink()
     if not with_index:
         (tmp_path / "shards" / "model.safetensors.index.json").unlink()
     here = ShardStore(tmp_path / "shards")
     assert here.missing_units() == [1]
     assert here.has_unit(2)
     assert here.read_unit(2).keys() == store.read_unit(2).keys()
-    with pytest.raises(ShardError, match=r"block-00000\.safetensors is missing and block-00000 lies in it"):
+    with pytest.raises(ShardError, match=r"model-00002-of-00004\.safetensors is missing and block-00000 lies in it"):
         here.read_unit(1)
 
 
 def test_a_tied_head_needs_the_embedding(tiny_hf: Make, tmp_path: Path) -> None:
     tiny_hf("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "hf")
     write_shards(tmp_path / "hf", tmp_path / "shards")
-    assert load_file(tmp_path / "shards" / "head.safetensors").keys() == {"model.norm.weight"}
+    assert load_file(tmp_path / "shards" / "model-00004-of-00004.safetensors").keys() == {"model.norm.weight"}
     here = ShardStore(tmp_path / "shards")
     assert torch.equal(here.read_unit(3)["out.weight"], here.read_unit(0)["tokens.weight"])
-    (tmp_path / "shards" / "embed.safetensors").unlink()
+    (tmp_path / "shards" / "model-00001-of-00004.safetensors").unlink()
     assert here.missing_units() == [0, 3]
 
 
@@ -130,8 +156,8 @@ def test_a_missing_tensor_is_named(plain: Path) -> None:
 
 def test_a_tensor_that_the_index_promises_is_named(plain: Path, tmp_path: Path) -> None:
     write_shards(plain, tmp_path / "shards")
-    edit(tmp_path / "shards", lambda tensors: tensors.pop("model.norm.weight"), "head.safetensors")
-    with pytest.raises(ShardError, match=r"head\.safetensors has no tensor model\.norm\.weight"):
+    edit(tmp_path / "shards", lambda tensors: tensors.pop("model.norm.weight"), "model-00004-of-00004.safetensors")
+    with pytest.raises(ShardError, match=r"model-00004-of-00004\.safetensors has no tensor model\.norm\.weight"):
         ShardStore(tmp_path / "shards").read_unit(3)
 
 
@@ -175,9 +201,9 @@ def test_spoiled_folders(plain: Path, spoil: Callable[[Path], object], says: str
 
 def test_a_cut_off_file(plain: Path, tmp_path: Path) -> None:
     write_shards(plain, tmp_path / "shards")
-    path = tmp_path / "shards" / "block-00001.safetensors"
+    path = tmp_path / "shards" / "model-00003-of-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ShardError, match=r"block-00001\.safetensors cannot be read as safetensors"):
+    with pytest.raises(ShardError, match=r"model-00003-of-00004\.safetensors cannot be read as safetensors"):
         ShardStore(tmp_path / "shards").read_unit(2)
 
 
@@ -196,7 +222,7 @@ def test_files_are_for_all_to_read(plain: Path, tmp_path: Path) -> None:
     path = write_unit(tmp_path, store.spec, 1, store.read_unit(1))
     (tmp_path / "usual").touch()
     assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["block-00000.safetensors", "plain", "usual"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-00002-of-00004.safetensors", "plain", "usual"]
 
 
 def test_the_tokenizer_goes_along(plain: Path, tmp_path: Path) -> None:
@@ -210,5 +236,5 @@ def test_the_tokenizer_goes_along(plain: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(plain: Path, tmp_path: Path) -> None:
     store = ShardStore(plain)
-    with pytest.raises(ShardError, match=r"gone/block-00000\.safetensors cannot be written: .*No such file"):
+    with pytest.raises(ShardError, match=r"gone/model-00002-of-00004\.safetensors cannot be written: .*No such file"):
         write_unit(tmp_path / "gone", store.spec, 1, store.read_unit(1))

@@ -92,8 +92,8 @@ def test_one_process_has_no_network(flags: Flags) -> None:
 
 
 def test_a_missing_shard_and_a_broken_one_are_named_at_once(flags: Flags, shards: Path) -> None:
-    (shards / "block-00004.safetensors").unlink()
-    broken = shards / "block-00000.safetensors"
+    (shards / "model-00006-of-00007.safetensors").unlink()
+    broken = shards / "model-00002-of-00007.safetensors"
     data = bytearray(broken.read_bytes())
     data[-1] ^= 1
     broken.write_bytes(data)
@@ -104,7 +104,7 @@ def test_a_missing_shard_and_a_broken_one_are_named_at_once(flags: Flags, shards
         line = end.err.splitlines()[-1]
         assert "--check: do not start this run: " in line
         assert f"rank 0: {broken} is not what SHA256SUMS says" in line
-        assert f"rank 1: {shards / 'block-00004.safetensors'} is missing" in line
+        assert f"rank 1: {shards / 'model-00006-of-00007.safetensors'} is missing" in line
     assert "verdict: do not start this run" in ended[0].err
     assert re.search(r"^  0→1 +pipeline ", ended[0].err, re.M)  # the rest is told all the same
 
@@ -113,7 +113,7 @@ def test_two_sites_with_different_weights(flags: Flags, shards: Path, tmp_path: 
     other = tmp_path / "other"
     shutil.copytree(shards, other)
     (other / "SHA256SUMS").unlink()
-    head = other / "head.safetensors"
+    head = other / "model-00007-of-00007.safetensors"
     data = bytearray(head.read_bytes())
     data[-1] ^= 1
     head.write_bytes(data)
@@ -122,7 +122,7 @@ def test_two_sites_with_different_weights(flags: Flags, shards: Path, tmp_path: 
         ended = run.wait(60)
     for end in ended.values():
         assert end.code == 1
-        assert "head.safetensors is not the same on rank 0 and rank 1" in end.err.splitlines()[-1]
+        assert "model-00007-of-00007.safetensors is not the same on rank 0 and rank 1" in end.err.splitlines()[-1]
 
 
 def test_too_little_memory_is_told_before_any_is_taken(flags: Flags) -> None:

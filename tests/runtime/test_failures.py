@@ -60,8 +60,8 @@ def test_the_other_ranks_name_the_first_cause(flags: Flags, tmp_path: Path) -> N
 
 def test_missing_shard(flags: Flags, model: Path, tmp_path: Path) -> None:
     shards = import_hf("gptneox", str(model), tmp_path / "shards")
-    (shards / "block-00004.safetensors").unlink()
-    fails(flags(model_name=shards), 1, "block-00004.safetensors", "missing")
+    (shards / "model-00006-of-00007.safetensors").unlink()
+    fails(flags(model_name=shards), 1, "model-00006-of-00007.safetensors", "missing")
 
 
 def test_wrong_model_type(flags: Flags) -> None:

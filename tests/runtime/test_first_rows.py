@@ -82,7 +82,7 @@ def test_preprocess_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_data_is_tried_before_weights_are_loaded(flags: Flags, model: Path, tmp_path: Path, flag: str) -> None:
     """The weights are gone, and the data's fault is the one that is told."""
     shards = import_hf("gptneox", str(model), tmp_path / "shards")
-    (shards / "block-00000.safetensors").unlink()
+    (shards / "model-00002-of-00007.safetensors").unlink()
     path = lines(tmp_path / "a.jsonl", [{"story": "a"}])
     with Run(1, 1, flags(model_name=shards, **{flag: path})) as run:
         ended = run.wait(60)[0]

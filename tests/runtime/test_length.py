@@ -170,7 +170,7 @@ def test_as_test_goes_through_everything(flags: Flags, tmp_path: Path, model: Pa
     exported = AutoModelForCausalLM.from_pretrained(folder / "exported")
     trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoint_2")
     before = AutoModelForCausalLM.from_pretrained(model)
-    assert not list((folder / "exported").glob("*.optim.safetensors"))
+    assert not (folder / "exported" / "optimizer").exists()
     ids = torch.arange(16)[None]
     assert torch.equal(exported(ids).logits, trained(ids).logits)
     assert not torch.allclose(exported(ids).logits, before(ids).logits)  # the update did something

@@ -130,7 +130,7 @@ def test_a_scale_that_is_too_large_comes_down_and_training_recovers(flags: Flags
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {k: v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ def test_ranks_choose_for_themselves_and_train_the_same_bits(flags: Flags, tmp_p
             run.succeed()
         losses = [row["loss"] for row in read_metrics(tmp_path / name)]
         folder = tmp_path / name / "checkpoint_3"
-        weights = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+        weights = {k: v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
         results.append((losses, weights))
     (losses, weights), (mixed_losses, mixed_weights) = results
     assert mixed_losses == losses

@@ -17,7 +17,7 @@ from farspan.runtime.config import Config
 from farspan.runtime.prepare import same_optimizer
 from launch import RESUMABLE, Run, read_metrics
 from safetensors.torch import load_file
-from tiny import make_model
+from tiny import make_model, spell_as_before
 from transformers import AutoModelForCausalLM
 
 Flags = Callable[..., dict[str, Any]]
@@ -25,7 +25,7 @@ Flags = Callable[..., dict[str, Any]]
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, the optimizer's too."""
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {k: v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def curve(folder: Path) -> list[tuple[float, ...]]:
@@ -188,7 +188,7 @@ def test_load_checkpoint_false_starts_over(flags: Flags) -> None:
     assert curve(run.folder) == rows
 
 
-@pytest.mark.parametrize("name", ["trainer.json", "block-00002.optim.safetensors"])
+@pytest.mark.parametrize("name", ["trainer.json", "optimizer/state-00004-of-00007.safetensors"])
 def test_a_file_that_is_damaged_at_its_size_is_named(flags: Flags, tmp_path: Path, name: str) -> None:
     file = train(flags(total_steps=2)) / "checkpoint_2" / name
     file.write_bytes(b"x" * file.stat().st_size)
@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_passed_over(flags: Flags, tmp_path: Path, harm:
     folder = train(flags(checkpoint_steps=3))
     newest = folder / "checkpoint_6"
     assert problem(newest) is None
-    file = newest / "block-00002.optim.safetensors"
+    file = newest / "optimizer/state-00004-of-00007.safetensors"
     if harm == "no manifest":
         (newest / MANIFEST).unlink()
     elif harm == "short file":
@@ -239,8 +239,8 @@ def test_each_rank_with_a_folder_of_its_own(flags: Flags, model: Path, tmp_path:
     files = [
         {f.name for f in (tmp_path / f"site{rank}" / "checkpoint_6").glob("*-0*.safetensors")} for rank in range(2)
     ]
-    assert "block-00000.safetensors" in files[0]
-    assert "block-00000.safetensors" not in files[1]
+    assert "model-00002-of-00007.safetensors" in files[0]
+    assert "model-00002-of-00007.safetensors" not in files[1]
     for rank in range(2):
         (tmp_path / f"site{rank}" / "latest").write_text("3")
     before = curve(tmp_path / "site0")
@@ -255,14 +255,39 @@ def test_each_rank_with_a_folder_of_its_own(flags: Flags, model: Path, tmp_path:
     assert "no checkpoint is complete for every rank" in ended[0].err
 
 
+def test_checkpoints_of_before_go_on(flags: Flags, tmp_path: Path) -> None:
+    """Their weights and moments lay side by side, as block-00000.safetensors and block-00000.optim.safetensors."""
+    told = flags(checkpoint_steps=3)
+    whole = train({**told, "checkpoint_path": tmp_path / "whole"})
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "latest").write_text("3")
+    spell_as_before(cut / "checkpoint_3")
+    assert (cut / "checkpoint_3" / "block-00000.optim.safetensors").is_file()
+    train({**told, "checkpoint_path": cut})
+    assert curve(cut) == curve(whole)
+    assert_same(cut / "checkpoint_6", whole / "checkpoint_6")
+
+
+def test_every_safetensors_file_of_a_checkpoint_is_the_model(flags: Flags, model: Path) -> None:
+    """Tools that glob take no moment for a weight, and miss none."""
+    folder = train(flags(total_steps=1)) / "checkpoint_1"
+    found = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+    assert sorted(found) == sorted(load_file(model / "model.safetensors"))
+    by_prefix = [path for path in folder.glob("model*.safetensors")]
+    assert len(by_prefix) == len(list(folder.glob("*.safetensors"))) == 7
+    moments = {name for file in folder.glob("optimizer/*.safetensors") for name in load_file(file)}
+    assert {f"{name}.exp_avg" for name in found} < moments
+
+
 def test_a_stage_starts_with_its_own_shards_alone(flags: Flags, model: Path, tmp_path: Path) -> None:
     shards = import_hf("gptneox", str(model), tmp_path / "shards")
     by_rank: dict[int, dict[str, Any]] = {}
-    for rank, theirs in enumerate((("block-00003", "block-00004", "head"), ("embed", "block-00000", "block-00002"))):
+    for rank, theirs in enumerate(((5, 6, 7), (1, 2, 4))):
         site = tmp_path / f"shards{rank}"
         shutil.copytree(shards, site)
-        for name in theirs:
-            (site / f"{name}.safetensors").unlink()
+        for number in theirs:
+            (site / f"model-{number:05d}-of-00007.safetensors").unlink()
         by_rank[rank] = {"model_name": site}
     by_rank[1]["task_name"] = None  # rank 0 alone needs the data
     with Run(2, 1, flags(), by_rank=by_rank) as run:

@@ -184,12 +184,12 @@ def test_a_step_that_is_not_there(flags: Flags, tmp_path: Path, harm: str) -> No
         with Run(2, 1, told) as run:
             run.succeed()
     if harm == "damaged":
-        (tmp_path / "ck" / "checkpoint_4" / "head.safetensors").unlink()
+        (tmp_path / "ck" / "checkpoint_4" / "model-00007-of-00007.safetensors").unlink()
     with Run(2, 1, {**told, "load_step": 4 if harm == "damaged" else 3}) as run:
         ended = run.wait(30)
     want = {
         "none": "--load-step 3: no such checkpoint is complete for every rank. Those that are: 2, 4, 6",
-        "damaged": "head.safetensors is missing). Those that are: 2, 6",
+        "damaged": "model-00007-of-00007.safetensors is missing). Those that are: 2, 6",
         "nothing saved": "Those that are: none",
     }
     for end in ended.values():

@@ -322,13 +322,13 @@ def test_special_tokens_are_added_trained_saved_and_exported(
     old = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight
     assert len(old) == 24
     assert 1e-4 < (new - old.mean(0)).abs().max() < 0.1  # began as the mean, and was trained
-    end = load_file(tmp_path / "ck" / "checkpoint_4" / "embed.safetensors")
+    end = load_file(tmp_path / "ck" / "checkpoint_4" / "model-00001-of-00007.safetensors")
     (tmp_path / "ck" / "latest").write_text("2")
     losses = [row["loss"] for row in read_metrics(tmp_path / "ck")]
     with Run(1, 1, told, by_rank=own) as run:
         run.succeed()
     torch.testing.assert_close([row["loss"] for row in read_metrics(tmp_path / "ck")], losses, rtol=1e-5, atol=0)
-    for name, tensor in load_file(folder / "embed.safetensors").items():
+    for name, tensor in load_file(folder / "model-00001-of-00007.safetensors").items():
         torch.testing.assert_close(tensor, end[name], rtol=1e-4, atol=1e-6)
 
 

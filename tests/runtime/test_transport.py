@@ -39,9 +39,7 @@ def train(run_flags: dict[str, Any], folder: Path, stages: int, replicas: int, *
     with Run(stages, replicas, {**told, "use_cuda": None} if backends else told, faults=faults) as run:
         run.succeed()
     step = folder / f"checkpoint_{run_flags['total_steps']}"
-    weights = {
-        k: v for f in sorted(step.glob("*.safetensors")) if "optim" not in f.name for k, v in load_file(f).items()
-    }
+    weights = {k: v for file in sorted(step.glob("*.safetensors")) for k, v in load_file(file).items()}
     return {"curve": [row[k] for row in read_metrics(folder) for k in ("loss", "grad_norm")], **weights}
 
 

@@ -27,7 +27,7 @@ def train(run_flags: dict[str, Any], folder: Path, stages: int, replicas: int) -
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, the optimizer's too."""
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {k: v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def assert_close(a: Path, b: Path, rtol: float) -> None:

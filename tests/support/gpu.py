@@ -54,7 +54,7 @@ def curve(folder: Path) -> list[float]:
 def weights(folder: Path) -> dict[str, Tensor]:
     """Of a run's last checkpoint."""
     files = (folder / f"checkpoint_{(folder / 'latest').read_text().strip()}").glob("*.safetensors")
-    return {name: x for file in sorted(files) if "optim" not in file.name for name, x in load_file(file).items()}
+    return {name: x for file in sorted(files) for name, x in load_file(file).items()}
 
 
 def assert_same(folder: Path, reference: Path, rtol: float) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
+from farspan.modules.shards import INDEX, old_state_file, old_unit_file, state_file, unit_file
+from farspan.modules.spec import ModelSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -69,3 +72,26 @@ def make_task(path: Path, lines: int = 40, seed: int = 0) -> Path:
         for _ in range(lines):
             file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 30)))}) + "\n")
     return path
+
+
+def spell_as_before(folder: Path) -> None:
+    """Give a shard folder or checkpoint the file names (and no checksums) of before weights were named `model-…`."""
+    spec = ModelSpec.from_folder(folder)
+    names = {}
+    for unit in range(spec.unit_count):
+        names[unit_file(spec, unit)] = old_unit_file(spec, unit)
+        names[state_file(spec, unit)] = old_state_file(spec, unit)
+    for new, old in names.items():
+        if (folder / new).exists():
+            (folder / new).rename(folder / old)
+    shutil.rmtree(folder / "optimizer", ignore_errors=True)
+    index = folder / INDEX
+    told = json.loads(index.read_text())
+    told["weight_map"] = {tensor: names[file] for tensor, file in told["weight_map"].items()}
+    index.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        told = json.loads(manifest.read_text())
+        told["files"] = {names.get(file, file): size for file, size in told["files"].items()}
+        told["files"][INDEX] = index.stat().st_size
+        manifest.write_text(json.dumps(told, indent=1))
