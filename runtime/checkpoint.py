@@ -27,6 +27,7 @@ from torch import Tensor
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
+from ..modules.manifest import FORMAT, MANIFEST, Manifest, file_checksum
 from ..modules.shards import (
     ShardStore,
     copy_generation_config,
@@ -41,11 +42,9 @@ from ..modules.shards import (
 )
 from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
-from .lineage import MANIFEST, CheckpointError, Start, belongs, choose, folder_of, inspect, survey
+from .lineage import CheckpointError, Start, belongs, choose, damage, folder_of, inspect, survey
 from .optim import Optimizer
 from .retention import ALL, checkpoint_steps, doomed, prune, sweep
-
-FORMAT = 1
 
 log = logging.getLogger("farspan")
 
@@ -114,6 +113,7 @@ class Checkpoints:
     def find(self, need: range, spec: ModelSpec, wanted: int | None = None) -> int | None:
         """The step to go on from, the same on every rank (`choose` says which); None: from nothing.
 
+        Each rank reads the files that it will load, all at the same time; where one is damaged, all choose again.
         All ranks look together, also with `wanted` 0: what is there and left behind is not this run's own.
         Raises `CheckpointError`.
         """
@@ -123,7 +123,16 @@ class Checkpoints:
             "found": [asdict(found) for found in survey(self.root, need, spec)],
             "new": os.urandom(8).hex(),
         }
-        self._start = choose(self._meeting.exchange("checkpoints", mine, self._timeout_s), wanted)
+        ranks = self._meeting.exchange("checkpoints", mine, self._timeout_s)
+        self._start = choose(ranks, wanted)
+        while (step := self._start.step) is not None:
+            fault = damage(folder_of(self.root, step), need, spec)
+            faults = self._meeting.exchange(f"checkpoint_{step} read", fault, self._timeout_s)
+            if not any(faults):
+                break
+            for rank, found in zip(ranks, faults, strict=True):
+                next(row for row in rank["found"] if row["step"] == step)["fault"] = found
+            self._start = choose(ranks, wanted)
         if self._meeting.rank == 0:
             for line in self._start.passed_over:
                 log.warning("passing over %s", line)
@@ -160,7 +169,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "optimizer").mkdir(parents=True)
         save = meeting.exchange(f"{name} opened", os.urandom(8).hex(), self._timeout_s)[0]
-        files = _write_units(temporary, spec, optimizer, complete, self.writes) if self.writes or complete else []
+        files = _write_units(temporary, spec, optimizer, complete, self.writes) if self.writes or complete else {}
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
         mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(optimizer)}
         answers = meeting.exchange(f"{name} written", mine, self._timeout_s)
@@ -173,15 +182,17 @@ class Checkpoints:
             trainer = {"format": FORMAT, **answers[0]["progress"]}
             (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
             present = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-            missing = sorted({f for r in self.site for f in answers[r]["files"]} - set(present))
+            sums = {name: crc for r in self.site for name, crc in answers[r]["files"].items()}
+            missing = sorted(sums.keys() - set(present))
             if missing:
                 raise CheckpointError(f"{temporary}: {missing[0]} vanished while the checkpoint was written")
+            sums |= {file: file_checksum(temporary / file) for file in present if file not in sums}
             sizes = {file: (temporary / file).stat().st_size for file in present}
-            manifest = {"format": FORMAT, "save": save, "branches": self._start.branches, "files": sizes}
+            manifest = Manifest(sizes, sums, save, self._start.branches)
             for file in present:
                 _flush(temporary / file)
             _flush(temporary / "optimizer")
-            _write_flushed(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            _write_flushed(temporary / MANIFEST, manifest.text())
             _flush(temporary)
             if final.exists():
                 # Of a branch that was left, or broken. Its files go last, with the other leftovers: they may resist.
@@ -284,9 +295,11 @@ def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
 
 def _write_units(
     folder: Path, spec: ModelSpec, optimizer: Optimizer, complete: Complete | None, writes: bool
-) -> list[str]:
-    """Write the stage's units, one in memory at a time; without `writes`, only take part in completing its shards."""
-    written: list[str] = []
+) -> dict[str, int]:
+    """Write the stage's units, one in memory at a time; without `writes`, only take part in completing its shards.
+
+    Returns the checksum of each file, by its name."""
+    written: dict[str, int] = {}
     for unit in dict.fromkeys(t.unit for t in optimizer.tensors):
         own = [(i, t) for i, t in enumerate(optimizer.tensors) if t.unit == unit]
         states = {}
@@ -299,7 +312,7 @@ def _write_units(
             continue
         write_unit(folder, spec, unit, {t.name: t.parameter for _, t in own})
         save_tensors(folder / state_file(spec, unit), states)
-        written += [unit_file(spec, unit), state_file(spec, unit)]
+        written |= {n: file_checksum(folder / n) for n in (unit_file(spec, unit), state_file(spec, unit))}
     return written
 
 

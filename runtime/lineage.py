@@ -1,28 +1,20 @@
 """Which checkpoint a run goes on from, and which ones are its own. Pure functions of what all ranks found, so that all
 come to the same answer.
 
-Beside the sizes of the files, each manifest.json holds two facts:
-
-    save      an id that no other save has: sites that crashed while they renamed hold one step of different saves
-    branches  [[step, id] …], where the run began anew beside checkpoints that were there: a run that starts at a step
-              beyond which any are leaves them behind, and begins a branch
-
-Checkpoints of before there were ids have neither: that is one id, and no branch.
+Each manifest.json says which save it is of, and which branches led there: `modules/manifest.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..modules.shards import old_unit_file, unit_file
+from ..modules.manifest import MANIFEST, read_manifest
+from ..modules.shards import INDEX, old_state_file, old_unit_file, state_file, unit_file
 from ..modules.spec import ModelSpec
 from .retention import checkpoint_steps
-
-MANIFEST = "manifest.json"
 
 Branches = list[list[Any]]
 
@@ -61,20 +53,10 @@ def inspect(folder: Path) -> Found:
     """What a checkpoint is: its manifest must be there, and each file with its size."""
     step = int(folder.name.removeprefix("checkpoint_"))
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files, save, branches = dict(manifest["files"]), manifest.get("save"), manifest.get("branches", [])
+        manifest = read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Found(step, fault=f"no valid {MANIFEST} ({error.__class__.__name__})")
-    fault = ""
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            fault = f"{name} is missing"
-        elif path.stat().st_size != size:
-            fault = f"{name} has {path.stat().st_size} bytes and should have {size}"
-        if fault:
-            break
-    return Found(step, save, branches, fault)
+    return Found(step, manifest.save, manifest.branches, manifest.fault(folder))
 
 
 def survey(root: Path, need: range, spec: ModelSpec) -> list[Found]:
@@ -83,15 +65,24 @@ def survey(root: Path, need: range, spec: ModelSpec) -> list[Found]:
     for step in checkpoint_steps(root):
         folder = folder_of(root, step)
         seen = inspect(folder)
-        missing = [
-            unit_file(spec, unit)
-            for unit in need
-            if not any((folder / named(spec, unit)).exists() for named in (unit_file, old_unit_file))
-        ]
+        missing = [names[0] for names in needed_files(spec, need) if not any((folder / n).exists() for n in names)]
         if missing and not seen.fault:
             seen = replace(seen, fault=f"{missing[0]} is not there")
         found.append(seen)
     return found
+
+
+def needed_files(spec: ModelSpec, need: range) -> list[tuple[str, str]]:
+    """What a rank with the units `need` reads of a checkpoint: of each file its name, and what it was named before."""
+    units = [*need, *([0] if spec.tied and spec.head_unit in need and 0 not in need else [])]
+    kinds = ((unit_file, old_unit_file), (state_file, old_state_file))
+    return [(new(spec, unit), old(spec, unit)) for unit in units for new, old in kinds]
+
+
+def damage(folder: Path, need: range, spec: ModelSpec) -> str:
+    """Which file that a rank with the units `need` will read is not as it was written, in words; "" for none."""
+    names = {name for names in needed_files(spec, need) for name in names}
+    return read_manifest(folder).damage(folder, names | {"config.json", INDEX, "trainer.json"})
 
 
 def belongs(step: int, branches: Branches, run: Branches) -> bool:

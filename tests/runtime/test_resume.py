@@ -188,16 +188,38 @@ def test_load_checkpoint_false_starts_over(flags: Flags) -> None:
     assert curve(run.folder) == rows
 
 
-@pytest.mark.parametrize("name", ["trainer.json", "optimizer/state-00004-of-00007.safetensors"])
-def test_a_file_that_is_damaged_at_its_size_is_named(flags: Flags, tmp_path: Path, name: str) -> None:
-    file = train(flags(total_steps=2)) / "checkpoint_2" / name
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (2, "model-00003-of-00007.safetensors"),
+        (2, "optimizer/state-00007-of-00007.safetensors"),
+        (1, "trainer.json"),
+        (1, "model.safetensors.index.json"),
+    ],
+)
+def test_a_flipped_byte_is_found_and_passed_over(flags: Flags, tmp_path: Path, number: int, name: str) -> None:
+    """Only one rank reads some of these; all go on from the checkpoint before."""
+    folder = train(flags(checkpoint_steps=3), number)
+    file = folder / "checkpoint_6" / name
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with Run(number, 1, flags(checkpoint_steps=3)) as run:
+        run.succeed()
+    assert f"resuming from {folder / 'checkpoint_3'}" in run.err(0)
+    assert f"passing over {folder / 'checkpoint_6'}" in run.err(0)
+    assert f"{name} is damaged: its checksum is not what manifest.json says" in run.err(0)
+
+
+def test_the_only_checkpoint_is_damaged(flags: Flags, tmp_path: Path) -> None:
+    file = train(flags(total_steps=2)) / "checkpoint_2" / "optimizer/state-00004-of-00007.safetensors"
     file.write_bytes(b"x" * file.stat().st_size)
     with Run(2, 1, flags()) as run:
         ended = run.wait(60)
     for end in ended.values():
         assert end.code == 1
-        assert "unexpected" not in end.err
-        assert str(file) in end.err.splitlines()[-1]
+        assert "no checkpoint is complete for every rank" in end.err.splitlines()[-1]
+        assert "optimizer/state-00004-of-00007.safetensors is damaged" in end.err.splitlines()[-1]
 
 
 def test_a_checkpoint_path_that_is_a_file_is_named(flags: Flags, tmp_path: Path) -> None:
