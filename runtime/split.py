@@ -53,7 +53,7 @@ def advice(
     found: Sequence[dict[str, Any]],
     simulated: Callable[[Sequence[dict[str, Any]]], StepTime],
 ) -> str:
-    """The split to give instead, in one line, where it makes an update of a run faster by 10 % or more; else "".
+    """The split to give instead, in two lines, where it makes an update of a run faster by 10 % or more; else "".
 
     `found`: what `--check` measured on each rank; `simulated` makes an update of it.
     """
@@ -63,8 +63,8 @@ def advice(
     if then > WORTH * now:
         return ""
     return (
-        f"a better split: with --layer-split {show(other)} (now {show(split)}) an update would take {then:.2f} s, "
-        f"{1 - then / now:.0%} less; --check with it tells whether its memory suffices"
+        f"a better split: --layer-split {show(other)} (now {show(split)}), {then:.2f} s an update, "
+        f"{1 - then / now:.0%} less\n  (--check with it tells whether its memory suffices)"
     )
 
 
