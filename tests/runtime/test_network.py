@@ -144,6 +144,25 @@ def test_a_run_whose_bytes_take_another_interface_ends_and_says_so(flags: Flags)
         assert "they went over lan0" in end.err, end.err
 
 
+def test_data_ports_come_from_the_kernels_range(flags: Flags) -> None:
+    """As docs/ports.md says: all but rank 0's own, and without those that are reserved."""
+    with hosts(2, ["wan0"]) as two:
+        near, far = (host.enter for host in two)
+        for host in two:
+            host.set("net/ipv4/ip_local_port_range", "29500 29539")
+            host.set("net/ipv4/ip_local_reserved_ports", "29510-29519")
+        told = flags(dist_url="tcp://10.77.0.1:7033", total_steps=100_000)
+        with Run(2, 1, told, faults={0: near, 1: far}) as run:
+            run.wait_for_step(2)
+            open_here, open_there = (host.ports() for host in two)
+    allowed = {*range(29500, 29510), *range(29520, 29540)}
+    assert open_here - {7033} <= allowed
+    assert open_there <= allowed
+    assert 7033 in open_here
+    assert len(open_here) > 4
+    assert len(open_there) > 4
+
+
 def test_an_environment_that_contradicts_ends_the_run(flags: Flags) -> None:
     with Run(2, 1, flags(net_interface="lo"), env={"GLOO_SOCKET_IFNAME": "eth9"}) as run:
         ended = run.wait(60)

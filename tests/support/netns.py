@@ -24,6 +24,18 @@ class Host:
         """Run `ip …` in it."""
         return _run(f"nsenter -t {self.pid} -n ip {words}")
 
+    def set(self, name: str, value: str) -> None:
+        """A kernel parameter of it, by its path in /proc/sys."""
+        command = ["nsenter", "-t", str(self.pid), "-n", "tee", f"/proc/sys/{name}"]
+        done = subprocess.run(command, input=value, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0, f"{name} {value}: {done.stderr}"
+
+    def ports(self) -> set[int]:
+        """Its own TCP ports at which somebody listens or is connected."""
+        with open(f"/proc/{self.pid}/net/tcp") as file:
+            rows = [line.split() for line in file.readlines()[1:]]
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] in ("0A", "01")}
+
     def enter(self) -> None:
         """Move this thread, and those that it will start, into it."""
         namespaces.enter(f"/proc/{self.pid}/ns/net")
