@@ -26,7 +26,7 @@ def is_whole(path: Path) -> bool:
     """Whether `path` is there and as it was sealed. Says so where it is there and is not."""
     if not path.exists():
         return False
-    if _seal_of(path) == _kept_seal(path):
+    if seal_of(path) == _kept_seal(path):
         return True
     log.info("notice: %s is damaged, or of an older version: making it anew", path)
     return False
@@ -66,7 +66,7 @@ def flush(path: Path) -> None:
 def _write_seal(path: Path, content: Path) -> None:
     whole, partial = _seal_path(path), path.with_name(f"{path.name}.seal.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(_seal_of(content)))
+        partial.write_text(json.dumps(seal_of(content)))
         flush(partial)
         os.replace(partial, whole)
     finally:
@@ -84,7 +84,8 @@ def _kept_seal(path: Path) -> object:
         return None
 
 
-def _seal_of(path: Path) -> dict[str, int]:
+def seal_of(path: Path) -> dict[str, int]:
+    """A file's size and, up to `CHECKED` bytes, its checksum."""
     size, crc = path.stat().st_size, 0
     if size > CHECKED:
         return {"bytes": size}

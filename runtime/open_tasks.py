@@ -62,7 +62,7 @@ def open_task(spec: TaskSpec, cache: Path, vocabulary: Vocabulary) -> tuple[Reci
     if not is_pretokenized(Path(spec.path)):
         source = open_source(spec, cache)
         return vocabulary.recipe(recognised(spec, source)), source
-    folder = TokenFolder(Path(spec.path), vocabulary.digest)
+    folder = TokenFolder(Path(spec.path), vocabulary.digest, vocabulary.size)
     recipe = vocabulary.recipe(folder.says(spec))
     folder.check(recipe.makes())
     return recipe, folder

@@ -62,7 +62,7 @@ def parse_tasks(text: str) -> list[TaskSpec]:
             path, weight = (head, float(tail)) if head else (part, 1.0)
         except ValueError:
             path, weight = part, 1.0
-        tasks.append(_checked({"path": path, "weight": weight}, f"--task-name {part}"))
+        tasks.append(checked({"path": path, "weight": weight}, f"--task-name {part}"))
     if not tasks:
         raise DataError("--task-name names no file")
     return tasks
@@ -77,11 +77,11 @@ def read_task_config(path: Path) -> list[TaskSpec]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}; a file with an object on each line is named .jsonl") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f'{path}: expected a list of tasks, [{{"path": …}}, …]')
-    return [_checked(row, f"{path}, task {number}") for number, row in enumerate(rows, 1)]
+    return [checked(row, f"{path}, task {number}") for number, row in enumerate(rows, 1)]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -100,7 +100,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _checked(row: dict[str, Any], where: str) -> TaskSpec:
+def checked(row: dict[str, Any], where: str) -> TaskSpec:
+    """A task from the keys of --task-config. Raises `DataError`, which begins with `where`."""
     known = {f.name: f.default for f in fields(TaskSpec) if f.compare}
     for key, value in row.items():
         if key not in known:

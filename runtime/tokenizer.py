@@ -170,7 +170,7 @@ def _special_tokens(file: str) -> list[str]:
         return []
     try:
         read = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--special-tokens {file} cannot be read as JSON: {error}") from error
     tokens = read.get("tokens") if isinstance(read, dict) else None
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t for t in tokens):
