@@ -26,8 +26,12 @@ def main_to(family: str, argv: Sequence[str] | None = None, prog: str | None = N
     """`convert_to_hf_*.py`. Returns the exit status."""
     what = f"Write a shard folder as one {FAMILIES[family].architecture}."
     parser = argparse.ArgumentParser(prog=prog, description=what)
-    parser.add_argument("--ckpt-path", required=True, type=Path, help="a shard folder or a training checkpoint")
+    parser.add_argument(
+        "--ckpt-path", required=True, nargs="+", help="a shard folder or a training checkpoint; or those of all sites"
+    )
     parser.add_argument("--save-path", required=True, type=Path, help="the new folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace --save-path where it is there already")
+    parser.add_argument("--config-name", help="accepted and not needed: a checkpoint has its config.json")
     for flag in ("--n-stages", "--n-layer-per-stage"):
         parser.add_argument(flag, type=int, help="accepted and not needed: a checkpoint is cut by layer")
     precision = parser.add_mutually_exclusive_group()
@@ -36,10 +40,22 @@ def main_to(family: str, argv: Sequence[str] | None = None, prog: str | None = N
     args = parser.parse_args(argv)
     import torch
 
-    from .hf import export_hf
-
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    return _report(lambda: export_hf(family, args.ckpt_path, args.save_path, dtype))
+    from .sites import export_sites
+
+    return _report(lambda: export_sites(family, args.ckpt_path, args.save_path, dtype, args.overwrite))
+
+
+def main_assemble(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """`assemble.py`. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description="Make one folder of those that several sites hold.")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a site's checkpoint_N: a folder, or host:path")
+    parser.add_argument("--save-path", required=True, type=Path, help="the new folder")
+    parser.add_argument("--model-only", action="store_true", help="leave the optimizer's state behind")
+    args = parser.parse_args(argv)
+    from .sites import assemble
+
+    return _report(lambda: assemble(args.folders, args.save_path, args.model_only))
 
 
 def _report(convert: Callable[[], Path]) -> int:

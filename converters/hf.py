@@ -91,11 +91,11 @@ def import_hf(family: str, model_name: str, save_dir: Path) -> Path:
     if _is_finished(target, family):
         log.warning("%s is a finished conversion already: nothing to do", target)
         return target
-    _refuse_filled(target, "it is not a finished conversion: move it away first")
+    refuse_filled(target, "it is not a finished conversion: move it away first")
     store = open_checkpoint(local if local.is_dir() else _download(model_name))
     _check_family(store, family)
     partial = target.with_name(f".{target.name}.partial")
-    with _Whole(partial, target):
+    with Whole(partial, target):
         dtype = torch.float32
         for unit in range(store.spec.unit_count):
             tensors = store.read_unit(unit)
@@ -118,9 +118,14 @@ def export_hf(
     """
     store = ShardStore(ckpt)
     _check_family(store, family)
-    _refuse_filled(target, "it would be lost: move it away, or name another --save-path")
+    if missing := store.missing_units():
+        raise ConvertError(
+            f"{ckpt} holds only some of the layers ({store.spec.unit_name(missing[0])} is not there): give --ckpt-path "
+            "the folders of all sites, or bring them together with converters/assemble.py"
+        )
+    refuse_filled(target, "it would be lost: move it away, or name another --save-path")
     partial = target.with_name(f".{target.name}.partial")
-    with _Whole(partial, target):
+    with Whole(partial, target):
         shards: list[list[str]] = [[]]
         pending: dict[str, Tensor] = {}
         pending_bytes = total_bytes = 0
@@ -161,7 +166,7 @@ def _tensors(store: ShardStore, dtype: torch.dtype | None) -> Iterator[tuple[str
             yield hf_name, cast
 
 
-class _Whole:
+class Whole:
     """A folder that gets its name when all is written, and goes away if anything fails."""
 
     def __init__(self, partial: Path, target: Path) -> None:
@@ -191,7 +196,7 @@ def _is_finished(target: Path, family: str) -> bool:
     return store.spec.family == family and by_unit and not store.missing_units()
 
 
-def _refuse_filled(target: Path, why: str) -> None:
+def refuse_filled(target: Path, why: str) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target} is there already, and {why}")
 

@@ -96,6 +96,8 @@ class Checkpoints:
         self._keep = keep
         self._start = Start(None, [], frozenset(), [])
         self.root, self._meeting, self._timeout_s = root, rendezvous, timeout_s
+        self._topology = topology
+        self._places: list[str] = []
         rank = rendezvous.rank
         root.mkdir(parents=True, exist_ok=True)
         # Who sees my mark shares my file system. Rank 0 may still be opening its data, and others reading their shards.
@@ -119,11 +121,13 @@ class Checkpoints:
         """
         mine = {
             "root": str(self.root),
+            "place": f"{os.uname().nodename}:{self.root.absolute()}",
             "latest": self._latest() if wanted is None else None,
             "found": [asdict(found) for found in survey(self.root, need, spec)],
             "new": os.urandom(8).hex(),
         }
         ranks = self._meeting.exchange("checkpoints", mine, self._timeout_s)
+        self._places = [rank["place"] for rank in ranks]
         self._start = choose(ranks, wanted)
         while (step := self._start.step) is not None:
             fault = damage(folder_of(self.root, step), need, spec)
@@ -137,6 +141,13 @@ class Checkpoints:
             for line in self._start.passed_over:
                 log.warning("passing over %s", line)
         return self._start.step
+
+    def elsewhere(self) -> dict[int, str]:
+        """Of each stage that this site's folder lacks: its lowest rank, and `host:folder` of where that one writes."""
+        stage = [self._topology.coord(rank).stage for rank in range(self._topology.world)]
+        here = {stage[rank] for rank in self.site}
+        lacking = sorted(set(stage) - here)
+        return {rank: self._places[rank] for rank in (stage.index(s) for s in lacking)}
 
     def _latest(self) -> int | None:
         latest = self.root / "latest"

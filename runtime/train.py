@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -359,11 +360,12 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     if mixture is not None:
         mixture.close()
     wires.close()
+    parts = _parts(checkpoints, topology, split, spec)
     if metrics is not None:
         metrics.close()
-        _summary(progress, early, metrics, config)
+        _summary(progress, early, metrics, config, parts)
     if config.as_test and not early:
-        _end_test(progress, config, meeting)
+        _end_test(progress, config, meeting, parts)
     return RESUMABLE if early == STOPPED else 0
 
 
@@ -388,7 +390,26 @@ def _save(
         log.info("saved %s", folder)
 
 
-def _end_test(progress: Progress, config: Config, meeting: Rendezvous) -> None:
+def _parts(checkpoints: Checkpoints, topology: Topology, split: Sequence[int], spec: ModelSpec) -> str:
+    """Where ranks do not share a file system: what this site's folder holds, who has the rest, what brings it together
+    ("STEP" stands for a step); else ""."""
+    elsewhere = checkpoints.elsewhere()
+    if not elsewhere:
+        return ""
+    here = sorted({topology.coord(rank).stage for rank in checkpoints.site})
+    own = ", ".join(describe(stage_units(split, stage), spec) for stage in here)
+    rest = "; ".join(
+        f"rank {rank}, {place}: {describe(stage_units(split, topology.coord(rank).stage), spec)}"
+        for rank, place in elsewhere.items()
+    )
+    folders = " ".join(f"{place}/checkpoint_STEP" for place in dict.fromkeys(elsewhere.values()))
+    return (
+        f"that folder holds {own} alone. The rest: {rest}. To bring them together: python converters/assemble.py "
+        f"{checkpoints.root}/checkpoint_STEP {folders} --save-path {checkpoints.root}/whole/checkpoint_STEP"
+    )
+
+
+def _end_test(progress: Progress, config: Config, meeting: Rendezvous, parts: str) -> None:
     folder = folder_of(config.checkpoints, progress.step)
     exported = export(folder) if config.rank == 0 else None
     meeting.exchange("as-test", "", config.wire_timeout)  # a failure is everyone's
@@ -396,12 +417,12 @@ def _end_test(progress: Progress, config: Config, meeting: Rendezvous) -> None:
         log.info(
             "--as-test: all worked: one update, %scheckpoint in %s, %s. The folder %s may be deleted",
             "evaluation, " if progress.best_loss is not None else "", folder,
-            f"export to {exported}" if exported else "no export, since this site holds only some of the layers",
+            f"export to {exported}" if exported else f"no export: {parts.replace('STEP', str(progress.step))}",
             config.checkpoints,
         )  # fmt: skip
 
 
-def _summary(progress: Progress, early: str, metrics: Metrics, config: Config) -> None:
+def _summary(progress: Progress, early: str, metrics: Metrics, config: Config, parts: str) -> None:
     if metrics.first_loss is None or metrics.last_loss is None:
         return
     how = early if early in ("", STOPPED) else f"ended early: {early};"
@@ -410,6 +431,8 @@ def _summary(progress: Progress, early: str, metrics: Metrics, config: Config) -
         how or "done", progress.step, config.total_steps, metrics.first_loss, metrics.last_loss,
         folder_of(config.checkpoints, progress.step),
     )  # fmt: skip
+    if parts and not config.as_test:
+        log.info("%s", parts.replace("STEP", str(progress.step)))
     if progress.skipped:
         log.info("%d of %d updates overflowed and were skipped", progress.skipped, progress.updates)
     if progress.best_loss is not None and progress.best_step is not None:

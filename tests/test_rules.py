@@ -30,7 +30,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 # Room → the only files outside it, but for tests and benchmarks, that may import it.
 ENTRY_SCRIPTS = {
     "runtime": ("dist_train.py", "dist_clm_train.py", "preprocess.py", "__main__.py"),
-    "converters": ("converters/convert_*.py", "__main__.py"),
+    "converters": ("converters/convert_*.py", "converters/assemble.py", "__main__.py"),
 }
 # Imported where they are used, never because a room's file was imported.
 HEAVY = ("wandb", "transformers", "sentencepiece", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
