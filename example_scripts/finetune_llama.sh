@@ -20,7 +20,7 @@ set -euo pipefail
 
 MODEL=${MODEL:-pretrained_models/meta-llama_Llama-2-7b-hf} # layer shards; a host needs only the files of its own stages
 TOKENIZER=${TOKENIZER:-$MODEL}
-TASKS=${TASKS:-}                                           # jsonl files and weights; rank 0's host alone needs them
+TASKS=${TASKS:-}                                           # files and weights, or a tasks.json; rank 0's host alone needs them
 CKPT=${CKPT:-checkpoints/llama}                      # a run goes on from the latest checkpoint in here
 
 STAGES=${STAGES:-4}
@@ -42,15 +42,12 @@ LOG_BACKEND=${LOG_BACKEND:-print} # or wandb, with WANDB_NAME
 
 . "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-if [ "${FIRST_RANK:-0}" = 0 ] && [ -z "$TASKS" ]; then
-    echo "set TASKS to the training data: TASKS=a.jsonl:0.6,b.jsonl:0.4 bash $0" >&2
-    exit 2
-fi
+farspan_tasks # sets farspan_data
 
 farspan_launch \
     --model-name "$MODEL" --tokenizer-name "$TOKENIZER" --model-type llama \
     --layer-split "$LAYER_SPLIT" --dist-backend "$DIST_BACKEND" --dp-backend "$DP_BACKEND" \
-    --task-name "$TASKS" --seq-length "$SEQ_LENGTH" \
+    "${farspan_data[@]}" --seq-length "$SEQ_LENGTH" \
     --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --gradient-accumulate-step "$ACCUMULATE" \
     --optimizer adamw --lr "$LR" --total-steps "$TOTAL_STEPS" --warmup-steps "$WARMUP_STEPS" --bf16 \
     --checkpoint-path "$CKPT" --checkpoint-steps "$CHECKPOINT_STEPS" \

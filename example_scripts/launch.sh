@@ -24,6 +24,17 @@ farspan_stopped_at=0
 
 farspan_say() { echo "launch: $*" >&2; }
 
+farspan_tasks() { # sets farspan_data to the flag for TASKS; rank 0's host alone needs it
+    if [ "${FIRST_RANK:-0}" = 0 ] && [ -z "${TASKS:-}" ]; then
+        echo "set TASKS to the training data: TASKS=a.jsonl:0.6,b.jsonl:0.4 bash $0, or TASKS=tasks.json" >&2
+        exit 2
+    fi
+    case ${TASKS:-} in
+    *.json) farspan_data=(--task-config "$TASKS") ;;
+    *) farspan_data=(--task-name "${TASKS:-}") ;;
+    esac
+}
+
 farspan_kill() { # SIGNAL, to every rank that still runs, with its own children where it is KILL
     local pid group=
     [ "$1" = KILL ] && group=-

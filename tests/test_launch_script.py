@@ -56,3 +56,20 @@ def test_the_status_of_what_is_stopped(tmp_path: Path, rank0: str, rank1: str, s
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == status
+
+
+@pytest.mark.parametrize("family", ["gptj", "gptneox", "llama"])
+@pytest.mark.parametrize(
+    ("tasks", "flag"), [("tasks.json", "--task-config"), ("a.jsonl:0.5,b.jsonl:0.5", "--task-name")]
+)
+def test_tasks_are_files_or_a_task_config(tmp_path: Path, family: str, tasks: str, flag: str) -> None:
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": "/bin/true", "CKPT": str(tmp_path), "STAGES": "1", "REPLICAS": "1"}
+    script = ["bash", f"example_scripts/finetune_{family}.sh"]
+    done = subprocess.run(
+        script, cwd=REPO, env={**env, "TASKS": tasks}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f" {flag} {tasks} " in done.stderr.replace("\\", "")
+    assert ({"--task-name", "--task-config"} - {flag}).pop() not in done.stderr
+    none = subprocess.run(script, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
+    assert none.returncode == 2
+    assert "set TASKS to the training data" in none.stderr
