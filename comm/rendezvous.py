@@ -123,7 +123,7 @@ class Rendezvous:
 
     def _tell_whom_it_waits_for(self, topic: str, keys: list[str]) -> None:
         missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-        if missing:
+        if missing and self.rank not in missing:  # else all have come, and the answer is on its way
             where = repr(topic) if self._met else f"tcp://{self.where}"
             log.info(
                 "rank %d: waiting at %s for %s (%d of %d are here)",
