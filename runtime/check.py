@@ -26,6 +26,8 @@ from ..pipeline.partition import stage_units
 from ..pipeline.schedule import Plan
 from ..pipeline.simulate import Costs, Wire
 from ..pipeline.step_time import StepTime, Sum, step_time
+from .backends import check_backends
+from .better_split import better_split
 from .config import Config
 from .measure import Edge, LayerSeconds, edges_of, in_rounds, measure_edges, measure_layers, measure_sum
 from .network import Network
@@ -44,7 +46,7 @@ from .prepare import (
     share_threads,
 )
 from .report import report
-from .split import advice, layer_split
+from .split import layer_split
 from .wiring import Wires, connect
 
 log = logging.getLogger("farspan")
@@ -80,6 +82,8 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
         log.warning("%s", line)
     share_threads(meeting)
     keep_freed_memory()
+    if config.rank == 0:
+        check_backends(config)
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
     spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
     units = stage_units(split, place.stage)
@@ -125,7 +129,7 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     step, better = None, ""
     if not problems:
         step = simulated(config, topology, plan, figures, all_found)
-        better = advice(
+        better = better_split(
             spec, topology, split, all_found, lambda found: simulated(config, topology, plan, figures, found)
         )
     if config.rank == 0:

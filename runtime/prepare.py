@@ -26,7 +26,6 @@ from ..modules.spec import ModelSpec, SpecError
 from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
-from .backends import check_backends
 from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
 from .config import Config, ConfigError
 from .launcher import local_rank
@@ -199,7 +198,6 @@ def keep_freed_memory() -> None:
 
 def open_vocabulary(config: Config, spec: ModelSpec) -> Vocabulary:
     """Rank 0's tokenizer. Raises `ConfigError`."""
-    check_backends(config)
     vocabulary = Vocabulary(config)
     if vocabulary.known > spec.vocab:
         raise ConfigError(

@@ -33,6 +33,7 @@ from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
 from ..pipeline.warmup import warm_up
 from .astest import export, shortened
+from .backends import check_backends
 from .check import CheckFailed, check
 from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
 from .config import Config, ConfigError
@@ -245,6 +246,8 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, network,
     )  # fmt: skip
 
+    if config.rank == 0:
+        check_backends(config)
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
     # Only rank 0 has the tokenizer, and every rank must know how many tokens --special-tokens make it.
     spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])

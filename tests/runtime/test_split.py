@@ -13,9 +13,10 @@ from farspan.pipeline.partition import PartitionError
 from farspan.pipeline.schedule import gpipe
 from farspan.pipeline.simulate import Costs
 from farspan.pipeline.step_time import StepTime, step_time
+from farspan.runtime.better_split import better_split
 from farspan.runtime.config import Config
 from farspan.runtime.measure import LayerSeconds
-from farspan.runtime.split import advice, layer_split, told
+from farspan.runtime.split import layer_split, told
 from tiny import config_of
 
 
@@ -96,7 +97,7 @@ def test_check_proposes_what_is_faster_by_a_tenth() -> None:
     spec, topology = spec_of(layers=8), Topology(1, 2)
 
     def line(split: tuple[int, ...], blocks: Sequence[float], head: float) -> str:
-        return advice(spec, topology, split, found_of(split, blocks, head), walked)
+        return better_split(spec, topology, split, found_of(split, blocks, head), walked)
 
     assert line((4, 4), (1.0, 1.0), 4.0).startswith("a better split: --layer-split 6,2 (now 4,4), ")
     assert line((4, 4), (1.0, 3.0), 0.0).startswith("a better split: --layer-split 6,2 ")  # a slower machine
@@ -109,5 +110,5 @@ def test_check_proposes_what_is_faster_by_a_tenth() -> None:
 def test_check_suits_the_slowest_replica_of_a_stage() -> None:
     spec, split = spec_of(layers=8), (4, 4)
     found = [*found_of(split, (1.0, 1.0), 0.0), *found_of(split, (1.0, 3.0), 0.0)]
-    line = advice(spec, Topology(2, 2), split, found, lambda found: walked(found[2:]))
+    line = better_split(spec, Topology(2, 2), split, found, lambda found: walked(found[2:]))
     assert line.startswith("a better split: --layer-split 6,2 ")
