@@ -90,8 +90,9 @@ class Vocabulary:
         (folder / "special_tokens_map.json").unlink(missing_ok=True)  # an older version's would be believed first
         found = Path(self.name).expanduser()
         model = found / "tokenizer.model" if found.is_dir() else found
-        if model.suffix == ".model" and model.is_file() and model.parent != folder:  # for programs that read no other
-            shutil.copyfile(model, folder / "tokenizer.model")
+        kept = folder / "tokenizer.model"  # for programs that read no other
+        if model.suffix == ".model" and model.is_file() and not (kept.exists() and kept.samefile(model)):
+            shutil.copyfile(model, kept)
         return folder
 
     def generation(self, model: Path, folder: Path) -> Path:
