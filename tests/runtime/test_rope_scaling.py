@@ -59,8 +59,8 @@ def test_too_long_a_row_names_what_would_take_it(model: Path) -> None:
         refusal(model, seq_length=150),
     )
     assert re.fullmatch(
-        f"{start} 128 positions with --rope-scaling dynamic:2 {where}; --rope-scaling dynamic:3 lets it take them",
-        refusal(model, seq_length=150, rope_scaling="dynamic:2"),
+        f"{start} 128 positions with --rope-scaling linear:2 {where}; --rope-scaling linear:3 lets it take them",
+        refusal(model, seq_length=150, rope_scaling="linear:2"),
     )
 
 
