@@ -25,6 +25,7 @@ _PLACES = {
     "receive": (0.72, 0.10),
     "gradients": (0.84, 0.10),
 }
+_NOTED = 0.001  # of a step: what began that little before it is not told
 _MOST_LABELLED = 40  # spans of a row; more would not be readable
 
 
@@ -54,13 +55,20 @@ def draw_step(ranks: Sequence[RankSpans], path: Path) -> None:
     figure = Figure(figsize=(14, 1.6 + 0.85 * len(ranks)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    labels = []
+    labels, earlier = [], False
     for row, r in enumerate(ranks):
-        inside = [
-            s._replace(start=max(s.start, start) - start, end=min(s.end, end) - start)
+        seen = [
+            s._replace(start=s.start - start, end=min(s.end, end) - start)
             for s in r.spans
             if s.end > start and s.start < end and kind_of(s.lane) in _PLACES and s.name != "vote"
         ]
+        for s in seen:
+            if s.start < -_NOTED * (end - start):
+                top, height = _PLACES[kind_of(s.lane)]
+                told = f"← {-s.start * 1e3:.0f} ms"
+                axes.text(0, row + top + height / 2, told, ha="left", va="center", fontsize=6)
+                earlier = True
+        inside = [s._replace(start=max(s.start, 0.0)) for s in seen]
         for kind in _PLACES:
             bars = [s for s in inside if kind_of(s.lane) == kind]
             top, height = _PLACES[kind]
@@ -82,7 +90,7 @@ def draw_step(ranks: Sequence[RankSpans], path: Path) -> None:
     axes.set_yticks([row + 0.4 for row in range(len(ranks))], labels, fontsize=9)
     axes.set_xlim(0, (end - start) * 1e3)
     axes.set_ylim(len(ranks), 0)
-    axes.set_xlabel("milliseconds")
+    axes.set_xlabel("milliseconds" + (" (←: it began so much earlier)" if earlier else ""))
     axes.set_title(f"{name}: {(end - start) * 1e3:.1f} ms", loc="left", fontsize=11)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):

@@ -19,12 +19,13 @@ import pytest
 from farspan.comm.lane import ThreadLane
 from farspan.comm.topology import Topology
 from farspan.pipeline.executor import Edges
-from farspan.pipeline.timeline import Timeline
+from farspan.pipeline.timeline import Span, Timeline
+from farspan.pipeline.trace import RankSpans
 from farspan.runtime.backends import check_backends, open_backends
 from farspan.runtime.config import Config, ConfigError, parse
 from farspan.runtime.feed import Ends
 from farspan.runtime.metrics import Metrics
-from farspan.runtime.picture import COLOURS
+from farspan.runtime.picture import COLOURS, draw_step
 from farspan.runtime.profiling import Profile
 from farspan.runtime.wiring import Wires
 from faults import talkative, told_of_the_disk
@@ -303,6 +304,26 @@ def test_a_picture_of_one_step(flags: Flags, tmp_path: Path) -> None:
     seen = {tuple(pixel) for pixel in (pixels[..., :3] * 255).round().astype(int).reshape(-1, 3)}
     for kind in ("forward", "backward", "gradients", "optimizer"):
         assert tuple(bytes.fromhex(COLOURS[kind][1:])) in seen, kind
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_what_began_before_the_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    told: list[str] = []
+
+    def savefig(figure: Figure, _path: Path) -> None:
+        (axes,) = figure.axes
+        told.extend([*(text.get_text() for text in axes.texts), axes.get_xlabel()])
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    steps = [Span("optimizer", f"update {n}", n - 0.1, float(n)) for n in (1, 2)]
+    sent = Span("forward send", "F0", 0.75, 1.5)
+    draw_step([RankSpans(0, 0, 0, [*steps, sent])], tmp_path / "step.png")
+    assert told == ["← 250 ms", "milliseconds (←: it began so much earlier)"]
+    told.clear()
+    draw_step([RankSpans(0, 0, 0, [*steps, sent._replace(start=1.2)])], tmp_path / "step.png")
+    assert told == ["milliseconds"]
 
 
 def test_without_matplotlib_there_is_a_trace_and_a_notice(
