@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .config import Config, ConfigError, flag_options
+from ..modules.urls import url_fault
+from .config import Config, ConfigError, dash, flag_options
 from .first_rows import recognised, try_rows
 from .open_tasks import make_pool, open_source, specs_of
 from .pretokenized import TokenWriter, is_pretokenized
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--{f.name.replace('_', '-')}", **{**options, "help": HELP.get(f.name, options["help"])}
             )
     told = vars(parser.parse_args(argv))
+    if fault := url_fault("--output", told["output"]):
+        parser.error(fault)
     output = Path(told.pop("output"))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -72,6 +75,9 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     """Write `output`; returns documents, tokens and bad lines. Raises `ConfigError` or `DataError`."""
     if not config.tokenizer_name:
         raise ConfigError("--tokenizer-name is needed: the folder, file or hub name of the tokenizer")
+    for name in ("tokenizer_name", "task_config", "data_cache", "special_tokens"):
+        if fault := url_fault(f"--{dash(name)}", getattr(config, name)):
+            raise ConfigError(fault)
     if not output.name:
         raise ConfigError(f"--output {output} must be the name of a folder to make")
     if config.data_workers < 0:

@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from ..modules.urls import url_fault
+
 LOSS_ON = ("all", "completion")
 FORMS = ("text", "template", "messages")
 HEAVIEST = 1e9
@@ -113,6 +115,8 @@ def checked(row: dict[str, Any], where: str) -> TaskSpec:
             raise DataError(f"{where}: {key} must be of type {kind.__name__}, not {json.dumps(value)}")
     if not row.get("path"):
         raise DataError(f"{where}: no path")
+    if fault := url_fault("path", row["path"], "hf"):
+        raise DataError(f"{where}: {fault}")
     forms = [key for key in FORMS if row.get(key)]
     if len(forms) > 1:
         raise DataError(f"{where}: {' and '.join(forms)} exclude one another: give one")

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from math import isfinite
 
+from ..modules.urls import url_fault
 from .config import LOG_BACKENDS, Config, ConfigError, dash
+
+PATHS = (
+    "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "secret_file",
+)  # fmt: skip
+"""Flags that take a path on this machine."""
 
 
 def validate(config: Config) -> None:
@@ -25,6 +31,11 @@ def problems_of(config: Config) -> list[str]:
         if bad:
             problems.append(message)
 
+    for name in PATHS:
+        refuse(fault := url_fault(f"--{dash(name)}", getattr(c, name)), fault)
+    for path in (*c.task_name.split(","), c.evaluation_data):
+        flag = "--evaluation-data" if path == c.evaluation_data else "--task-name"
+        refuse(fault := url_fault(flag, path, "hf"), fault)
     for f in fields(c):
         value = getattr(c, f.name)
         refuse(isinstance(value, float) and not isfinite(value), f"--{dash(f.name)} {value} must be a finite number")
