@@ -42,6 +42,7 @@ from ..modules.shards import (
 )
 from ..modules.spec import ModelSpec
 from ..modules.vocabulary import grow_rows
+from .cached import flush
 from .lineage import CheckpointError, Start, belongs, choose, damage, folder_of, inspect, survey
 from .optim import Optimizer
 from .retention import ALL, checkpoint_steps, doomed, prune, sweep
@@ -201,15 +202,15 @@ class Checkpoints:
             sizes = {file: (temporary / file).stat().st_size for file in present}
             manifest = Manifest(sizes, sums, save, self._start.branches)
             for file in present:
-                _flush(temporary / file)
-            _flush(temporary / "optimizer")
+                flush(temporary / file)
+            flush(temporary / "optimizer")
             _write_flushed(temporary / MANIFEST, manifest.text())
-            _flush(temporary)
+            flush(temporary)
             if final.exists():
                 # Of a branch that was left, or broken. Its files go last, with the other leftovers: they may resist.
                 os.replace(final, self.root / f".{name}.{save}.old")
             os.replace(temporary, final)
-            _flush(self.root)
+            flush(self.root)
         meeting.exchange(f"{name} complete", "", self._timeout_s)
         if self.leads:
             self._mark("latest", progress.step)
@@ -235,7 +236,7 @@ class Checkpoints:
         else:
             _write_flushed(self.root / f".{name}.tmp", str(step))
             os.replace(self.root / f".{name}.tmp", self.root / name)
-        _flush(self.root)
+        flush(self.root)
 
     def load(self, step: int, spec: ModelSpec, optimizer: Optimizer) -> Progress:
         """Fill the stage and its optimizer from the checkpoint of `step`, strictly. Raises `CheckpointError`."""
@@ -339,13 +340,4 @@ def _tied_checksum(optimizer: Optimizer) -> int | None:
 
 def _write_flushed(path: Path, text: str) -> None:
     path.write_text(text)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path)

@@ -70,6 +70,7 @@ def test_the_tutorials_flags_are_all_known() -> None:
         ("--lr inf", "--lr inf must be a finite number"),
         ("--heartbeat-patience inf", "--heartbeat-patience inf must be a finite number"),
         ("--adam-eps 0", "--adam-eps 0.0 must be more than 0"),
+        ("--show-data -1", "--show-data -1 must not be negative"),
         ("--seed -1", "--seed -1 must be from 0 to 2³² − 1"),
         ("--cuda-id -3", "--cuda-id -3 must not be negative"),
         ("--bucket-mb 1e-9", "--bucket-mb 1e-09 must be at least 0.001"),
