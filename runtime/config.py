@@ -197,7 +197,7 @@ class CheckpointFlags:
     checkpoint_steps: int = _flag(0, "save each time this many accumulation steps are done; 0: only at the end")
     load_checkpoint: bool = _flag(True, "go on from the latest checkpoint in --checkpoint-path, if there is one")
     num_checkpoints: int = _flag(0, "save this many checkpoints, evenly over the run, instead of --checkpoint-steps")
-    keep_checkpoints: int = _flag(-1, "keep this many of the newest, and the best, and delete the others; -1: keep all")
+    keep_checkpoints: int = _flag(2, "keep this many of the newest, and the best, and delete the others; -1: keep all")
     load_step: int = _flag(0, "go on from exactly this step's checkpoint [the latest]")
 
 

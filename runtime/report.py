@@ -10,6 +10,7 @@ from ..comm.topology import Topology
 from ..pipeline.step_time import StepTime
 from .config import Config
 from .measure import CONNECTIONS, Edge
+from .retention import ALL
 
 # What is counted, and its name in a table of at most 100 columns.
 _PARTS = {
@@ -57,6 +58,8 @@ def report(
         "  alive at once; work: what comes and goes; heap: malloc's holes, on a CPU. Ranks of one host or",
         "  GPU share what is free",
     ]
+
+    lines += ["", _disk(config, topology, ranks)]
 
     lines += ["", "weights"]
     rows = [["rank", "files", "GiB", "digests"]]
@@ -110,6 +113,20 @@ def report(
         "",
     ]
     return "\n".join(lines)
+
+
+def _disk(config: Config, topology: Topology, ranks: Sequence[dict[str, Any]]) -> str:
+    """What a checkpoint takes of all sites' disks together: every layer once, however many replicas have it."""
+    parts = {part: sum(told["need"][part] for told in ranks) for part in ("weights", "masters", "moments")}
+    shares = 1 if config.dp_mode == "zero1" else topology.replicas
+    one = parts["weights"] / topology.replicas + (parts["masters"] + parts["moments"]) / shares
+    if config.keep_checkpoints == ALL:
+        return f"disk: a checkpoint takes {_gib(one)} GiB, and all are kept"
+    most = config.keep_checkpoints + bool(config.evaluation_data)
+    return (
+        f"disk: a checkpoint takes {_gib(one)} GiB, the {most} that are kept {_gib(most * one)} GiB\n"
+        f"  (--keep-checkpoints), and while another is written {_gib((most + 1) * one)} GiB"
+    )
 
 
 def _gib(size: float) -> str:

@@ -64,6 +64,7 @@ from .prepare import (
     share_threads,
 )
 from .profiling import Profile
+from .retention import ALL
 from .show_data import ShowData
 from .split import layer_split, told
 from .tasks import DataError
@@ -346,6 +347,12 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
         profiled=torchs.step if torchs is not None else None,
     )
     if config.rank == 0:
+        if config.keep_checkpoints != ALL:
+            log.info(
+                "of this run's checkpoints the newest %d and the best stay, and older ones are deleted "
+                "(--keep-checkpoints; -1 keeps all)",
+                config.keep_checkpoints,
+            )
         log.info("training starts %.1f s after the process was started", time.time() - born)
     signals.training = True
     progress, early = trainer.run(progress)

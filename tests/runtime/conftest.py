@@ -37,6 +37,7 @@ def flags(model: Path, tasks: str, tmp_path: Path) -> Flags:
             "micro_batch_size": 2,
             "total_steps": 6,
             "lr": 3e-3,
+            "keep_checkpoints": -1,
             **changes,
         }
 

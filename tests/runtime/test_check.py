@@ -72,12 +72,13 @@ def test_every_kind_of_sum_is_measured(flags: Flags, tmp_path: Path) -> None:
     tied = make_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
     told = flags(
         model_name=tied, check=True, dp_mode="zero1", bf16=True, pp_mode="1f1b", recompute="block", bucket_mb=0.02,
-        optimizer="adam", nepochs=1, total_steps=None,
+        optimizer="adam", nepochs=1, total_steps=None, keep_checkpoints=None,
     )  # fmt: skip
     with Run(2, 2, told, faults=dict.fromkeys(range(4), be_quick)) as run:
         run.succeed()
         said = run.err(0)
     assert re.search(r"^an update: [\d.]+ s simulated", said, re.M)
+    assert re.search(r"^disk: a checkpoint takes [\d.]+ GiB, the 2 that are kept [\d.]+ GiB$", said, re.M)
     assert "the run:" not in said  # its length is counted when it starts
     assert re.search(r"^  0 +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms$", said, re.M)
 
@@ -87,6 +88,7 @@ def test_one_process_has_no_network(flags: Flags) -> None:
         run.succeed()
         said = run.err(0)
     assert "one process: none is needed" in said
+    assert re.search(r"^disk: a checkpoint takes [\d.]+ GiB, and all are kept$", said, re.M)
     assert "random, from --seed" in said
     assert "verdict: good" in said
 

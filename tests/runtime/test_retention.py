@@ -123,7 +123,7 @@ def test_nothing_is_deleted_before_latest_has_moved_everywhere(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({"checkpoint_steps": 1, "keep_checkpoints": 2}, [5, 6]),
+        ({"checkpoint_steps": 1, "keep_checkpoints": None}, [5, 6]),  # unless the flag says otherwise
         ({"checkpoint_steps": 2, "keep_checkpoints": 1}, [6]),
         ({"checkpoint_steps": 2}, [2, 4, 6]),
         ({"num_checkpoints": 2}, [3, 6]),
