@@ -1,6 +1,5 @@
 """Hugging Face checkpoints to shard folders and back, one layer in memory at a time."""
 
-import json
 import logging
 import shutil
 import zipfile
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..modules.checksums import write_sums
+from ..modules.json_file import read_json
 from ..modules.shards import (
     INDEX,
     SINGLE,
@@ -47,10 +47,7 @@ class BinStore(ShardStore):
         index = self.folder / BIN_INDEX
         if not index.is_file():
             return dict.fromkeys(self._load(BIN), BIN)
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{index} is not a checkpoint index ({error!r}): fetch it again") from error
+        return dict(read_json(index, {"weight_map": {str: str}}, ShardError, "fetch it again")["weight_map"])
 
     def _fetch(self, file: str, names: list[str]) -> dict[str, Tensor]:
         tensors = self._load(file)

@@ -12,14 +12,18 @@ Checkpoints of before there were ids have neither: that is one id, and no branch
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .json_file import Count, read_json, short
+
 MANIFEST = "manifest.json"
 FORMAT = 1
+SHAPE = {"files": {str: Count}, "crc32?": {str: Count}, "save?": (None, str), "branches?": [[(Count, str)]]}
 _AT_ONCE = 1 << 20
 
 
@@ -34,10 +38,10 @@ class Manifest:
         """The first file that is missing from `folder` or has another size, in words; "" for none."""
         for name, size in self.files.items():
             path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
+            if not os.path.isfile(path):  # False also for what can be no name at all, at which pathlib raises
+                return f"{short(name)} is missing"
             if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes and should have {size}"
+                return f"{short(name)} has {path.stat().st_size} bytes and should have {size}"
         return ""
 
     def damage(self, folder: Path, names: Iterable[str]) -> str:
@@ -53,7 +57,7 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises `OSError`, `ValueError`, `KeyError` or `TypeError` for one that is missing or damaged."""
-    told = json.loads((folder / MANIFEST).read_text())
+    told = read_json(folder / MANIFEST, SHAPE, ValueError, "without it the folder is no checkpoint")
     return Manifest(dict(told["files"]), dict(told.get("crc32", {})), told.get("save"), told.get("branches", []))
 
 

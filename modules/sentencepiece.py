@@ -6,11 +6,12 @@ equal merges to the order of ids. Here every text gets sentencepiece's ids, or t
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .json_file import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,7 +36,7 @@ def read_model(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, special = convert(path)
-    beside = read_json(path.parent / "tokenizer_config.json")
+    beside = read_beside(path.parent / "tokenizer_config.json")
     template = path.parent / "chat_template.jinja"
     return PreTrainedTokenizerFast(
         tokenizer_object=_with_added(tokenizer, path.parent, beside),
@@ -145,7 +146,7 @@ def _with_added(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> T
     """`tokenizer` with the tokens that the files beside the model add behind its own."""
     from tokenizers import AddedToken
 
-    added = {number: content for content, number in read_json(folder / "added_tokens.json").items()}
+    added = {number: content for content, number in read_beside(folder / "added_tokens.json").items()}
     added |= {int(number): token["content"] for number, token in config.get("added_tokens_decoder", {}).items()}
     for number, content in sorted(added.items()):
         if number >= tokenizer.get_vocab_size(with_added_tokens=False):
@@ -155,14 +156,8 @@ def _with_added(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> T
     return tokenizer
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Its object; empty where there is no such file. Raises `TokenizerError`."""
+def read_beside(file: Path) -> dict[str, Any]:
+    """A tokenizer's further file, an object; empty where there is no such file. Raises `TokenizerError`."""
     if not file.is_file():
         return {}
-    try:
-        read = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise TokenizerError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise TokenizerError(f"{file} holds no object")
-    return read
+    return read_json(file, {}, TokenizerError, "copy it again from where the tokenizer is from")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .json_file import read_json, short
 from .layers import hf_names, unit_shapes
 from .spec import ModelSpec, hf_config
 
@@ -93,11 +94,7 @@ class ShardStore:
     def _locate(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.is_file():
-            try:
-                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {str(name): str(file) for name, file in files.items()}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ShardError(f"{index} is not a safetensors index ({error!r}): fetch it again") from error
+            return dict(read_json(index, {"weight_map": {str: str}}, ShardError, "fetch it again")["weight_map"])
         if (self.folder / SINGLE).is_file():
             with opened(self.folder / SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
@@ -139,8 +136,8 @@ class ShardStore:
         for name in sorted(self.files.keys() - known):
             if not name.endswith(facts.buffers):
                 raise ShardError(
-                    f"{self.folder}: {name} in {self.files[name]} is no part of the model that config.json describes: "
-                    "check that the two belong together"
+                    f"{self.folder}: {short(name)} in {short(self.files[name])} is no part of the model that "
+                    "config.json describes: check that the two belong together"
                 )
 
 

@@ -4,7 +4,6 @@ The file is read by hand: importing transformers costs more than a second, and i
 rotary facts differently. Both spellings are understood, and `hf_config` writes both.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from .families import FAMILIES, Family
+from .json_file import read_json, short
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu", "swish", "relu")
 ROPE_TYPES = {  # type → the keys it cannot do without
@@ -68,10 +68,7 @@ class ModelSpec:
             raise SpecError(f"{folder} is not a folder: name a folder that holds a model (config.json, *.safetensors)")
         if not path.is_file():
             raise SpecError(f"{folder} has no config.json: name a folder that holds a Hugging Face model")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SpecError(f"{path} cannot be read as JSON: {error}") from error
+        config = read_json(path, {}, SpecError, "copy it again from where the model is from")
         return cls.from_config(config, where=str(path))
 
     @classmethod
@@ -99,7 +96,9 @@ class ModelSpec:
         if values["mlp_width"] is None:
             values["mlp_width"] = 4 * width
         if values["activation"] not in ACTIVATIONS:
-            raise SpecError(f"{where}: activation {values['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise SpecError(
+                f"{where}: activation {short(repr(values['activation']))} is not one of {', '.join(ACTIVATIONS)}"
+            )
         rope, rotary_dim = _rope_of(config, family, values["head_dim"], values["max_positions"], where)
         return cls(
             family=family.name,
@@ -216,7 +215,7 @@ def _family_of(config: Mapping[str, Any], where: str) -> Family:
         if family.model_type == found:
             return family
     known = ", ".join(family.model_type for family in FAMILIES.values())
-    raise SpecError(f"{where}: model_type {found!r} is not supported; farspan trains {known}")
+    raise SpecError(f"{where}: model_type {short(repr(found))} is not supported; farspan trains {known}")
 
 
 def _check_type(name: str, value: object, key: str, where: str) -> None:
@@ -234,7 +233,7 @@ def _check_type(name: str, value: object, key: str, where: str) -> None:
     else:
         good = isinstance(value, str | int)
     if not good:
-        raise SpecError(f"{where}: {key} is {value!r}, which cannot be")
+        raise SpecError(f"{where}: {key} is {short(repr(value))}, which cannot be")
 
 
 def _rope_of(
@@ -245,14 +244,21 @@ def _rope_of(
     if keys.dims:
         dims = config.get(keys.dims, 64)
         if not isinstance(dims, int) or dims % 2 or not 0 < dims <= head_dim:
-            raise SpecError(f"{where}: {keys.dims} is {dims!r}, not an even number up to the head's {head_dim}")
+            raise SpecError(
+                f"{where}: {keys.dims} is {short(repr(dims))}, not an even number up to the head's {head_dim}"
+            )
         return {"rope_type": "default", "rope_theta": 10000.0}, dims
 
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    told = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(told, dict):
+        raise SpecError(f"{where}: the RoPE parameters are {short(repr(told))}, not an object")
+    rope = dict(told)
     kind = rope["rope_type"] = rope.pop("type", "default") if rope.get("rope_type") is None else rope["rope_type"]
     rope.pop("type", None)
-    if kind not in ROPE_TYPES:
-        raise SpecError(f"{where}: RoPE type {kind!r} is not supported; farspan knows {', '.join(ROPE_TYPES)}")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise SpecError(
+            f"{where}: RoPE type {short(repr(kind))} is not supported; farspan knows {', '.join(ROPE_TYPES)}"
+        )
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = config.get(keys.theta or "", 10000.0)
     fraction = rope.get("partial_rotary_factor")
@@ -263,7 +269,7 @@ def _rope_of(
     for key, value in {**rope, "rope_theta": rope["rope_theta"], "partial_rotary_factor": fraction}.items():
         number = isinstance(value, int | float) and math.isfinite(value)
         if key != "rope_type" and not (number or value is None or isinstance(value, bool)):
-            raise SpecError(f"{where}: RoPE parameter {key} is {value!r}, not a number")
+            raise SpecError(f"{where}: RoPE parameter {short(key)} is {short(repr(value))}, not a number")
     missing = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
     if missing:
         raise SpecError(f"{where}: RoPE type {kind!r} needs {', '.join(missing)}")

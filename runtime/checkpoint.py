@@ -27,6 +27,7 @@ from torch import Tensor
 from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
+from ..modules.json_file import Count, read_json, short
 from ..modules.manifest import FORMAT, MANIFEST, Manifest, file_checksum
 from ..modules.shards import (
     ShardStore,
@@ -46,6 +47,7 @@ from .cached import flush
 from .lineage import CheckpointError, Start, belongs, choose, damage, folder_of, inspect, survey
 from .optim import Optimizer
 from .retention import ALL, checkpoint_steps, doomed, prune, sweep
+from .tasks import Cursor
 
 log = logging.getLogger("farspan")
 
@@ -81,6 +83,28 @@ class Progress:
     def applied(self) -> int:
         """Updates of the weights so far; the learning rate and Adam's bias correction go by these."""
         return self.updates - self.skipped
+
+
+_TASK = {**dict.fromkeys(vars(Cursor()), Count), "lines": Count, "size": Count, "made?": str, "order?": Count}
+_SCALER = {"scale": float, "clean": Count, "left": Count, "in_vain": Count}
+_TRAINER = {
+    "step?": Count, "updates?": Count, "tokens?": Count, "waited?": Count, "skipped?": Count,
+    "data?": (None, {"drawn": Count, "made?": {}, "tasks": {str: _TASK}}),
+    "best_loss?": (None, float), "best_step?": (None, Count), "epoch_sequences?": (None, Count),
+    "held_out?": (None, Count), "scaler?": (None, _SCALER), "optimizer?": (None, str), "global_batch?": (None, Count),
+}  # fmt: skip
+
+
+def read_progress(folder: Path) -> Progress:
+    """What a checkpoint's trainer.json says. Raises `CheckpointError`."""
+    path, advice = folder / "trainer.json", "--load-step names another checkpoint"
+    trainer = read_json(path, {"format?": (Count, str)}, CheckpointError, advice)
+    if trainer.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}; it was written by another version")
+    read_json(path, _TRAINER, CheckpointError, advice)
+    if unknown := sorted(trainer.keys() - vars(Progress()).keys()):
+        raise CheckpointError(f"{path} is damaged: it has {short(repr(unknown[0]))}, which no version writes; {advice}")
+    return Progress(**trainer)
 
 
 def problem(folder: Path) -> str | None:
@@ -241,14 +265,7 @@ class Checkpoints:
     def load(self, step: int, spec: ModelSpec, optimizer: Optimizer) -> Progress:
         """Fill the stage and its optimizer from the checkpoint of `step`, strictly. Raises `CheckpointError`."""
         folder = folder_of(self.root, step)
-        try:
-            trainer = json.loads((folder / "trainer.json").read_text())
-            known = trainer.pop("format", None) == FORMAT
-            progress = Progress(**trainer) if known else Progress()
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder}/trainer.json is damaged ({error}); --load-step names another") from error
-        if not known:
-            raise CheckpointError(f"{folder}/trainer.json is not of format {FORMAT}; it was written by another version")
+        progress = read_progress(folder)
         if progress.best_step is not None and progress.best_step not in self._start.own:
             # Deleted since, by the run that went on from here. All ranks see this alike.
             if self._meeting.rank == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from ..modules.json_file import read_json, short
 from ..modules.urls import url_fault
 
 LOSS_ON = ("all", "completion")
@@ -75,13 +76,9 @@ def read_task_config(path: Path) -> list[TaskSpec]:
 
     Raises `DataError`.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}; a file with an object on each line is named .jsonl") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+    advice = 'it must hold a list of tasks, [{"path": …}, …] (a file with an object on each line is named .jsonl)'
+    rows = read_json(path, [{}], DataError, advice)
+    if not rows:
         raise DataError(f'{path}: expected a list of tasks, [{{"path": …}}, …]')
     return [checked(row, f"{path}, task {number}") for number, row in enumerate(rows, 1)]
 
@@ -107,12 +104,12 @@ def checked(row: dict[str, Any], where: str) -> TaskSpec:
     known = {f.name: f.default for f in fields(TaskSpec) if f.compare}
     for key, value in row.items():
         if key not in known:
-            raise DataError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+            raise DataError(f"{where}: unknown key {short(repr(key))}; known are {', '.join(known)}")
         default = known[key]
         numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         kind = str if key == "path" else type(default)
         if type(value) is not kind and not numeric:
-            raise DataError(f"{where}: {key} must be of type {kind.__name__}, not {json.dumps(value)}")
+            raise DataError(f"{where}: {key} must be of type {kind.__name__}, not {short(json.dumps(value))}")
     if not row.get("path"):
         raise DataError(f"{where}: no path")
     if fault := url_fault("path", row["path"], "hf"):
@@ -127,7 +124,7 @@ def checked(row: dict[str, Any], where: str) -> TaskSpec:
     if spec.repeats < 0:
         raise DataError(f"{where}: repeats must be 0 (no limit) or more")
     if spec.loss_on not in LOSS_ON:
-        raise DataError(f"{where}: loss_on {spec.loss_on!r} is not one of {', '.join(LOSS_ON)}")
+        raise DataError(f"{where}: loss_on {short(repr(spec.loss_on))} is not one of {', '.join(LOSS_ON)}")
     if spec.loss_on == "completion" and spec.text:
         raise DataError(f"{where}: loss_on completion needs a template or messages: a plain text has no prompt")
     _check_template(spec, where)

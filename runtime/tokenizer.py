@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..modules.sentencepiece import TokenizerError, read_json
+from ..modules.json_file import read_json
+from ..modules.sentencepiece import TokenizerError, read_beside
 from .chat import NAMED, ChatRender, find_chat, use_chat
 from .config import Config, ConfigError
 from .load_tokenizer import load
@@ -34,7 +35,7 @@ class Vocabulary:
         tokenizer, self._folder = load(self.name)
         self.known = _size(tokenizer)  # ids before any was added
         chat = find_chat(config.chat_template) if config.chat_template else None
-        self.added = _special_tokens(config.special_tokens)
+        self.added = special_tokens(config.special_tokens)
         self.added += [token for token in (chat.tokens if chat else ()) if token not in self.added]
         told = {"special-tokens": config.special_tokens, "chat-template": config.chat_template}
         if self.added:
@@ -101,7 +102,7 @@ class Vocabulary:
         if not self._turn_ends:
             return model
         try:
-            own, config = (read_json(model / name) for name in ("generation_config.json", "config.json"))
+            own, config = (read_beside(model / name) for name in ("generation_config.json", "config.json"))
         except TokenizerError as error:
             raise ConfigError(str(error)) from error
         before = own.get("eos_token_id", config.get("eos_token_id"))
@@ -166,16 +167,15 @@ def unescape(text: str) -> str:
     return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\0", "\\")
 
 
-def _special_tokens(file: str) -> list[str]:
+def special_tokens(file: str) -> list[str]:
     if not file:
         return []
-    try:
-        read = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--special-tokens {file} cannot be read as JSON: {error}") from error
-    tokens = read.get("tokens") if isinstance(read, dict) else None
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t for t in tokens):
-        raise ConfigError(f'--special-tokens {file}: expected {{"tokens": ["<…>", …]}}')
+    expected = 'it must hold {"tokens": ["<…>", …]}'
+    tokens = read_json(Path(file), {"tokens": [str]}, lambda line: ConfigError(f"--special-tokens {line}"), expected)[
+        "tokens"
+    ]
+    if not tokens or "" in tokens:
+        raise ConfigError(f"--special-tokens {file} names no token, or one that is empty; {expected}")
     if len(set(tokens)) < len(tokens):
         raise ConfigError(f"--special-tokens {file} names a token twice")
     return tokens

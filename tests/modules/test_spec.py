@@ -138,8 +138,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(config: dict[str, Any], s
     [
         (lambda folder: None, "is not a folder"),
         (lambda folder: folder.mkdir(), "has no config.json"),
-        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "cannot be read as JSON"),
-        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("[]")), "is not a JSON object"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "is not JSON"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("[]")), "not an object"),
     ],
 )
 def test_folders_without_a_config(tmp_path: Path, make: Callable[[Path], object], says: str) -> None:

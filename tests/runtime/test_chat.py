@@ -186,7 +186,7 @@ def test_generating_stops_where_a_turn_ends(tmp_path: Path) -> None:
         assert told["chatml"].generation(model, folder) == folder
         assert json.loads((folder / "generation_config.json").read_text()) == want
     (model / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read as JSON"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json is not JSON"):
         told["chatml"].generation(model, folder)
 
 

@@ -194,7 +194,7 @@ def test_whatever_a_task_can_be(tmp_path: Path, kind: str) -> None:
         ([{"path": "qa.jsonl", "text": "question", "weight": 0.5}], "task 1: weight and repeats"),
         ([CHATTY[0], {"path": "qa.jsonl", "text": "question", "repeats": 2}], "task 2: weight and repeats"),
         ([{"path": "qa.jsonl", "txt": "question"}], "task 1: unknown key 'txt'"),
-        ([], "expected a list of tasks"),
+        ([], "a list of tasks"),
         ([{"path": "none.jsonl"}], "none.jsonl: No such file"),
     ],
 )

@@ -275,10 +275,10 @@ def test_what_makes_the_tokens_may_not_change_on_the_way(tmp_path: Path, caplog:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[", "cannot be read as JSON"),
-        ("[]", "expected"),
-        ('{"tokens": []}', "expected"),
-        ('{"tokens": ["<a>", 5]}', "expected"),
+        ("[", "is not JSON"),
+        ("[]", "must hold"),
+        ('{"tokens": []}', "must hold"),
+        ('{"tokens": ["<a>", 5]}', "must hold"),
         ('{"tokens": ["<a>", "<a>"]}', "names a token twice"),
     ],
 )
