@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from farspan.comm.store import StoreClient
 from farspan.converters.hf import import_hf
 from faults import signalled, worker_lost
 from launch import RESUMABLE, Ended, Run
@@ -98,7 +98,7 @@ def test_what_is_wrong_is_said_once_though_nobody_else_is_there(flags: Flags) ->
 
 def test_a_second_interrupt_while_waiting_for_others(flags: Flags) -> None:
     with Run(2, 1, flags(), ranks=[0]) as run:
-        serving(run.port)
+        StoreClient("127.0.0.1", run.port, 1, b"", 60.0).get("handshake/0")  # it waits for rank 1
         run.signal(0, signal.SIGINT)
         for _ in range(100):
             time.sleep(0.1)
@@ -109,19 +109,6 @@ def test_a_second_interrupt_while_waiting_for_others(flags: Flags) -> None:
     assert ended.code == RESUMABLE
     assert "Traceback" not in ended.err
     assert ended.err.count("stopped by SIGINT before the first step") == 1, ended.err
-
-
-def serving(port: int) -> None:
-    """Wait until somebody listens there."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1.0).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise TimeoutError(f"nobody listens at port {port}")
 
 
 def test_no_tokenizer(flags: Flags, tmp_path: Path) -> None:
