@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,21 +14,34 @@ from torch import Tensor
 
 from ..comm.clock import Clock, ClockReading, read_clock
 from ..comm.group import Group
+from ..comm.lane import Lane
 from ..comm.topology import Topology
 from ..pipeline.timeline import Span, Timeline
 from ..pipeline.trace import RankSpans, chrome_trace, show_transfers
 from .picture import draw_step
-from .wiring import Wires
 
 log = logging.getLogger("farspan")
 
 
 class Profile:
-    """One rank's part of the trace. Created when the groups are connected; `write` when training has ended."""
+    """One rank's part of the trace. Created when the groups are connected; `write` when training has ended.
 
-    def __init__(self, timeline: Timeline, wires: Wires, topology: Topology, rank: int, timeout_s: float) -> None:
-        self._timeline, self._wires, self._topology, self._rank = timeline, wires, topology, rank
-        self._timeout_s = timeout_s
+    `world` is the group of all ranks (None: there is one), `collectives` the lane on which it works, `lanes` all that
+    record spans.
+    """
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        world: Group | None,
+        collectives: Lane,
+        lanes: Sequence[Lane],
+        topology: Topology,
+        rank: int,
+        timeout_s: float,
+    ) -> None:
+        self._timeline, self._topology, self._rank, self._timeout_s = timeline, topology, rank, timeout_s
+        self._world, self._collectives, self._lanes = world, collectives, lanes
         self._started = datetime.now(UTC)
         self._first = self._read_clock()
 
@@ -35,12 +49,12 @@ class Profile:
         """All ranks together. Rank 0 writes `folder`/trace.json and step.png; spans travel over the world group, so
         that no common file system is needed."""
         last = self._read_clock()
-        for lane in self._wires.lanes:
+        for lane in self._lanes:
             lane.submit(lambda: None).get()  # what was submitted before has then been recorded
         here, clock = self._topology.coord(self._rank), Clock(self._first, last)
         spans = [Span(s.lane, s.name, clock.at_rank0(s.start), clock.at_rank0(s.end)) for s in self._timeline.spans]
         mine = RankSpans(self._rank, here.replica, here.stage, spans, clock.uncertainty_s)
-        ranks = self._wires.collectives.submit(lambda: _gather(self._wires.world, mine, self._timeout_s)).get()
+        ranks = self._collectives.submit(lambda: _gather(self._world, mine, self._timeout_s)).get()
         if self._rank != 0:
             return
         ranks = show_transfers(ranks)
@@ -59,7 +73,7 @@ class Profile:
             draw_step(ranks, folder / "step.png")
 
     def _read_clock(self) -> ClockReading:
-        return self._wires.collectives.submit(lambda: read_clock(self._wires.world, self._timeout_s)).get()
+        return self._collectives.submit(lambda: read_clock(self._world, self._timeout_s)).get()
 
 
 def _gather(world: Group | None, mine: RankSpans, timeout_s: float) -> list[RankSpans]:

@@ -291,7 +291,9 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
     wires = connect(config, topology, meeting, network, spec.tied, device, record)
     profile = None
     if meter.timeline is not None:
-        profile = Profile(meter.timeline, wires, topology, config.rank, config.wire_timeout)
+        profile = Profile(
+            meter.timeline, wires.world, wires.collectives, wires.lanes, topology, config.rank, config.wire_timeout
+        )
     tied = optimizer.tied_gradient
     replicas = Replicas(
         optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout, sharded=optimizer.sharded

@@ -18,16 +18,13 @@ from typing import Any
 import pytest
 from farspan.comm.lane import ThreadLane
 from farspan.comm.topology import Topology
-from farspan.pipeline.executor import Edges
 from farspan.pipeline.timeline import Span, Timeline
 from farspan.pipeline.trace import RankSpans
 from farspan.runtime.backends import check_backends, open_backends
 from farspan.runtime.config import Config, ConfigError, parse
-from farspan.runtime.feed import Ends
 from farspan.runtime.metrics import Metrics
 from farspan.runtime.picture import COLOURS, draw_step
 from farspan.runtime.profiling import Profile
-from farspan.runtime.wiring import Wires
 from faults import talkative, told_of_the_disk
 from launch import RESUMABLE, Run, read_metrics
 
@@ -332,9 +329,8 @@ def test_without_matplotlib_there_is_a_trace_and_a_notice(
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None)
     lane, timeline = ThreadLane("gradients"), Timeline()
     timeline.record("forward", "0F0", 1.0, 2.0)
-    wires = Wires(Edges(), Ends({}, {}), None, None, None, lane, lane)
     with caplog.at_level(logging.INFO, logger="farspan"):
-        Profile(timeline, wires, Topology(1, 1), 0, 5.0).write(tmp_path / "ck" / "traces")
+        Profile(timeline, None, lane, [], Topology(1, 1), 0, 5.0).write(tmp_path / "ck" / "traces")
     assert "needs the package matplotlib" in caplog.text
     assert len(Trace(tmp_path / "ck").spans(0, "forward")) == 1
     assert not (tmp_path / "ck" / "traces" / "step.png").exists()
