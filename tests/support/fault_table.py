@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from faults import PHASES, other_version, signalled, slow_to_save
+from faults import PHASES, meets, other_version, signalled, slow_to_save
 from launch import Run
 
 PERIOD_S, PATIENCE_S, JOIN_S = 0.25, 2.5, 3.0
@@ -213,7 +213,7 @@ def starts() -> list[Fault]:
               ranks=(1, 2), waits="--join-timeout"),
         Fault("missing rank", "a rank is not started",
               "rank 0: no sign of rank 2 within 3 s at … (handshake); were all 3 ranks started?",
-              ranks=(0, 1), waits="--join-timeout"),
+              ranks=(0, 1), hit={0: partial(meets, 1)}, by_rank={1: {"join_timeout": 60.0}}, waits="--join-timeout"),
         Fault("two processes with one rank", "two processes with one rank",
               "rank 1: two processes were started with --rank 1; see your hosts' launch scripts",
               by_rank={2: {"rank": 1}}, waits="--join-timeout"),

@@ -6,10 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from farspan.comm.gloo import GlooGroup
+from farspan.comm.rendezvous import Rendezvous
 from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
 from farspan.pipeline.stage import Stage
@@ -46,6 +48,17 @@ def worker_lost(phase: str) -> None:
         raise WorkerLost("a process of --data-workers ended by itself (exit code -9)")
 
     _before(*PHASES[phase], strike)
+
+
+def meets(other: int) -> None:
+    """This rank's patience for the others begins when rank `other` is there, however busy the machine is."""
+    real = Rendezvous.agree
+
+    def agree(self: Rendezvous, values: dict[str, str]) -> None:
+        self.store.wait([f"handshake/{other}"], timedelta(seconds=60))
+        real(self, values)
+
+    Rendezvous.agree = agree  # type: ignore[method-assign]
 
 
 def slow_to_open(seconds: float) -> None:
