@@ -6,8 +6,9 @@
     latest           the step of the newest complete checkpoint, in decimal digits
     best             the step of the one with the lowest held-out loss, likewise
 
-Ranks that share a file system form a site and write one folder together, each layer once. A site holds the layers of
-its own ranks; where all ranks share one file system that is the whole model, and `from_pretrained` loads it.
+Ranks that share a file system form a site and write one folder together, each layer once. A site holds what its
+own ranks need: their layers, and for a tied head the embedding too. Where all ranks share one file system that is the
+whole model, and `from_pretrained` loads it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..comm.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
 from ..modules.json_file import Count, read_json, short
+from ..modules.layers import hf_names
 from ..modules.manifest import FORMAT, MANIFEST, Manifest, file_checksum
 from ..modules.shards import (
     ShardStore,
@@ -131,11 +133,16 @@ class Checkpoints:
         mark.touch()
         rendezvous.exchange("site marked", "", timeout_s)
         self.site = [r for r in range(topology.world) if (root / f".site-{nonce}-{r}").exists()]
-        rendezvous.exchange("site seen", "", timeout_s)
+        sites = rendezvous.exchange("site seen", self.site, timeout_s)
         mark.unlink()
         self.leads = rank == min(self.site)
         stage = topology.coord(rank).stage
         self.writes = rank == min(r for r in self.site if topology.coord(r).stage == stage)
+        # A site of the last stage without the first needs the embedding that a tied head shares.
+        present = [{topology.coord(r).stage for r in site} for site in sites]
+        last = topology.stages - 1
+        self._lends = any(last in stages and 0 not in stages for stages in present)
+        self._keeps_embedding = self.writes and last in present[rank] and 0 not in present[rank]
 
     def find(self, need: range, spec: ModelSpec, wanted: int | None = None) -> int | None:
         """The step to go on from, the same on every rank (`choose` says which); None: from nothing.
@@ -205,7 +212,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "optimizer").mkdir(parents=True)
         save = meeting.exchange(f"{name} opened", os.urandom(8).hex(), self._timeout_s)[0]
-        files = _write_units(temporary, spec, optimizer, complete, self.writes) if self.writes or complete else {}
+        files = self._write_units(temporary, spec, optimizer, complete) if self.writes or complete else {}
         # Only rank 0 knows the data's cursor, and every site's folder needs it.
         mine = {"files": files, "progress": asdict(progress), "tied": _tied_checksum(optimizer)}
         answers = meeting.exchange(f"{name} written", mine, self._timeout_s)
@@ -245,6 +252,34 @@ class Checkpoints:
             prune(self.root, doomed(self._own(), progress.step, progress.best_step, self._keep))
             sweep(self.root)
         return final
+
+    def _write_units(
+        self, folder: Path, spec: ModelSpec, optimizer: Optimizer, complete: Complete | None
+    ) -> dict[str, int]:
+        """Write the stage's units, one in memory at a time; where another rank does, only complete its shards.
+
+        Returns the checksum of each file, by its name."""
+        written: dict[str, int] = {}
+        for owner in dict.fromkeys(t.owner for t in optimizer.tensors):
+            own = [(i, t) for i, t in enumerate(optimizer.tensors) if t.owner == owner]
+            lent = any(t.unit != owner for _, t in own)  # a tied head's weight: the embedding's file
+            writes = self._keeps_embedding if lent else self.writes
+            # All replicas complete shards together, whichever of them write.
+            if not writes and (complete is None or (lent and not self._lends)):
+                continue
+            states = {}
+            for i, t in own:
+                for name, value in optimizer.state(i).items():
+                    if complete is not None:
+                        complete(i, value)
+                    states[f"{t.hf_name}.{name}"] = value
+            if not writes:
+                continue
+            names = {hf_name: name for name, hf_name in hf_names(spec, owner).items()}
+            write_unit(folder, spec, owner, {names[t.hf_name]: t.parameter for _, t in own})
+            save_tensors(folder / state_file(spec, owner), states)
+            written |= {n: file_checksum(folder / n) for n in (unit_file(spec, owner), state_file(spec, owner))}
+        return written
 
     def _own(self) -> list[int]:
         """The steps of this run's own good checkpoints at this site."""
@@ -322,31 +357,8 @@ def load_weights(store: ShardStore, optimizer: Optimizer) -> None:
         optimizer.set_weight(index, weight if len(weight) == rows else grow_rows(weight, rows))
 
 
-def _write_units(
-    folder: Path, spec: ModelSpec, optimizer: Optimizer, complete: Complete | None, writes: bool
-) -> dict[str, int]:
-    """Write the stage's units, one in memory at a time; without `writes`, only take part in completing its shards.
-
-    Returns the checksum of each file, by its name."""
-    written: dict[str, int] = {}
-    for unit in dict.fromkeys(t.unit for t in optimizer.tensors):
-        own = [(i, t) for i, t in enumerate(optimizer.tensors) if t.unit == unit]
-        states = {}
-        for i, t in own:
-            for name, value in optimizer.state(i).items() if t.owner == unit else ():
-                if complete is not None:
-                    complete(i, value)
-                states[f"{t.hf_name}.{name}"] = value
-        if not writes:
-            continue
-        write_unit(folder, spec, unit, {t.name: t.parameter for _, t in own})
-        save_tensors(folder / state_file(spec, unit), states)
-        written |= {n: file_checksum(folder / n) for n in (unit_file(spec, unit), state_file(spec, unit))}
-    return written
-
-
 def _tied_checksum(optimizer: Optimizer) -> int | None:
-    """Of this stage's copy of a tied embedding. All copies must be the same bits: only the first stage's is saved."""
+    """Of this stage's copy of a tied embedding. All copies must be the same bits: a folder holds one."""
     for index, tensor in enumerate(optimizer.tensors):
         if tensor.shared:
             # Shards of the fp32 weights are cut in different places on the two stages: then the rounded ones must do.

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from farspan.converters.command import main_assemble, main_to
+from farspan.modules.manifest import file_checksum
 from farspan.modules.shards import ShardStore
 from launch import Run, read_metrics
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 Flags = Callable[..., dict[str, Any]]
@@ -90,3 +92,43 @@ def test_two_sites_are_brought_together(
     refused([parts[0], str(spoiled)], f"{file.name} is damaged")
     told = json.loads((whole / "manifest.json").read_text())
     assert told["save"] == json.loads((sites[0] / "checkpoint_3" / "manifest.json").read_text())["save"]
+
+
+@pytest.mark.parametrize(
+    ("sites", "changes"),
+    [("ab", {}), ("aabc", {"dp_mode": "zero1", "bf16": True})],  # the second: of two last stages, one is alone
+)
+def test_a_tied_model_goes_on_at_each_site(
+    flags: Flags, tmp_path: Path, sites: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head that shares the embedding needs it where the embedding's own stage is at another site."""
+    model = make_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    by_rank = {rank: {"checkpoint_path": tmp_path / site} for rank, site in enumerate(sites)}
+    told = flags(model_name=model, checkpoint_steps=3, checkpoint_path=tmp_path / "logs", **changes)
+
+    def train() -> tuple[list[float], dict[str, bytes]]:
+        with Run(2, len(sites) // 2, told, by_rank=by_rank) as run:
+            run.succeed()
+        files = {str(f): f.read_bytes() for f in tmp_path.glob("?/checkpoint_6/**/*.safetensors")}
+        return [row["loss"] for row in read_metrics(tmp_path / "a")], files
+
+    whole = train()
+    for site in set(sites):
+        shutil.rmtree(tmp_path / site / "checkpoint_6")
+        (tmp_path / site / "latest").write_text("3")
+    assert train() == whole
+
+    folders = [str(tmp_path / site / "checkpoint_6") for site in sorted(set(sites))]
+    out = tmp_path / "whole"
+    assert main_assemble([*folders, "--save-path", str(out)]) == 0
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    # Another embedding at the last stage's site, whose checksum is right, is another model.
+    shared, manifest = "model-00001-of-00007.safetensors", Path(folders[-1], "manifest.json")
+    (tmp_path / "other").write_bytes(Path(folders[-1], shared).read_bytes()[:-1] + b"?")
+    os.replace(tmp_path / "other", Path(folders[-1], shared))
+    written = json.loads(manifest.read_text())
+    written["crc32"][shared] = file_checksum(Path(folders[-1], shared))
+    manifest.write_text(json.dumps(written))
+    assert main_assemble([*folders, "--save-path", str(tmp_path / "bad")]) == 1
+    assert f"hold different files {shared}" in capsys.readouterr().err
