@@ -114,9 +114,6 @@ def connect(
     def sender(name: str, to: int, lane_name: str) -> Sender:
         return Sender(groups[name], to, codec, lane(lane_name), timeout_s)
 
-    def feeder(name: str, to: int) -> Sender:
-        return Sender(groups[name], to, codec, lane(name, host=True), timeout_s)
-
     def receiver(name: str, source: int, lane_name: str, to_device: torch.device = device) -> Receiver:
         group, its_lane = groups[name], lane(lane_name, host=to_device.type == "cpu")
         return Receiver(group, source, codec, its_lane, timeout_s, device=to_device, depth=group.ahead, window=WINDOW)
@@ -129,16 +126,22 @@ def connect(
         from_next=receiver(f"{after}→{rank}", after, "backward receive") if after is not None else None,
         to_next=sender(f"{rank}→{after}", after, "forward send") if after is not None else None,
     )
-    host = torch.device("cpu")
+    feeders: dict[str, dict[int, Sender]] = {"tokens": {}, "labels": {}, "positions": {}}
+    for kind, to in fed(topology, config.document_mask) if rank == 0 else ():
+        name = f"{kind}→{to}"
+        feeders[kind][to] = Sender(groups[name], to, codec, lane(name, host=True), timeout_s)
+
+    def arriving(kind: str) -> Receiver | None:
+        name = f"{kind}→{rank}"
+        return receiver(name, 0, kind, torch.device("cpu")) if name in groups else None
+
     ends = Ends(
-        tokens_to={r: feeder(f"tokens→{r}", r) for r in topology.peers(0) if rank == 0 != r},
-        labels_to={r: feeder(f"labels→{r}", r) for r in topology.peers(topology.stages - 1) if rank == 0 != r},
-        positions_to={
-            r: feeder(f"positions→{r}", r) for r in range(1, topology.world) if config.document_mask and rank == 0
-        },
-        tokens_from=receiver(f"tokens→{rank}", 0, "tokens", host) if f"tokens→{rank}" in groups else None,
-        labels_from=receiver(f"labels→{rank}", 0, "labels", host) if f"labels→{rank}" in groups else None,
-        positions_from=receiver(f"positions→{rank}", 0, "positions", host) if f"positions→{rank}" in groups else None,
+        tokens_to=feeders["tokens"],
+        labels_to=feeders["labels"],
+        positions_to=feeders["positions"],
+        tokens_from=arriving("tokens"),
+        labels_from=arriving("labels"),
+        positions_from=arriving("positions"),
     )
     return Wires(
         edges,
