@@ -198,4 +198,6 @@ def test_as_test_at_two_sites(flags: Flags, tmp_path: Path) -> None:
     sites = {rank: {"checkpoint_path": tmp_path / f"site{rank}"} for rank in range(2)}
     with as_test(flags(), by_rank=sites) as run:
         run.succeed()
-    assert "no export, since this site holds only some of the layers" in run.err(0)
+    assert "no export: that folder holds embedding + layers 0–2 alone. The rest: rank 1, " in run.err(0)
+    folder = tmp_path / "site0" / "as-test"
+    assert f"--save-path {folder}/whole/checkpoint_1. The folder {folder} may be deleted" in run.err(0)
