@@ -127,7 +127,7 @@ class ModelSpec:
             return self
         if rope["rope_type"] != "default":
             raise SpecError(f"the model's positions are scaled already, by {self.scaling}: leave it out")
-        if kind == "dynamic" and self.rotary_dim <= 2:
+        if kind not in self.stretches:
             raise SpecError(
                 f"dynamic scaling needs more than {self.rotary_dim} turning dimensions in a head: linear or yarn"
             )
@@ -143,6 +143,13 @@ class ModelSpec:
         config = {key: value for key, value in self.config.items() if key not in beside}
         config[self.facts.keys["max_positions"][0]] = positions
         return replace(self, max_positions=positions, rope=tuple(sorted(rope.items())), config=config)
+
+    @property
+    def stretches(self) -> tuple[str, ...]:
+        """The kinds of scaling that `stretched` can give the rotary positions."""
+        if self.facts.rotary.theta is None or self.scaling != "none":
+            return ()
+        return ("linear", "dynamic", "yarn") if self.rotary_dim > 2 else ("linear", "yarn")
 
     @property
     def scaling(self) -> str:

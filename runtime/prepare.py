@@ -92,12 +92,14 @@ def check_model(config: Config, spec: ModelSpec) -> None:
 
 def _stretching(config: Config, spec: ModelSpec) -> str:
     """What lets the model take --seq-length."""
-    kind, factor = config.stretch or ("linear", 1.0)
-    if spec.facts.rotary.theta is None or (spec.scaling != "none" and config.stretch is None):
+    kind, factor = config.stretch or ("", 1.0)
+    kinds = [kind] if kind else spec.stretches
+    if not kinds:
         return ""
     enough = math.ceil(factor * config.seq_length / spec.longest)
-    others = "" if config.stretch else f", dynamic:{enough} or yarn:{enough}"
-    return f"; --rope-scaling {kind}:{enough}{others} lets it take them"
+    *others, last = (f"{kind}:{enough}" for kind in kinds)
+    offered = f"{', '.join(others)} or {last}" if others else last
+    return f"; --rope-scaling {offered} lets it take them"
 
 
 def make_plan(config: Config) -> Plan:
