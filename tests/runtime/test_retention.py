@@ -133,6 +133,9 @@ def test_nothing_is_deleted_before_latest_has_moved_everywhere(tmp_path: Path, m
 def test_a_run_keeps_so_many(flags: Flags, tmp_path: Path, changes: dict[str, int], left: list[int]) -> None:
     with Run(2, 1, flags(**changes)) as run:
         run.succeed()
+    kept = {"keep_checkpoints": -1, **changes}["keep_checkpoints"]
+    said = f"of this run's checkpoints the newest {kept or 2} and the best stay, and older ones are deleted"
+    assert (said in run.err(0)) == (kept != -1)
     assert checkpoint_steps(tmp_path / "ck") == left
     assert all(problem(tmp_path / "ck" / f"checkpoint_{step}") is None for step in left)
     assert not list((tmp_path / "ck").glob(".checkpoint*"))
