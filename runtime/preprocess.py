@@ -23,10 +23,11 @@ from .recipe import Block
 from .task_spec import DataError
 from .tasks import SHOWN, unusable
 from .tokenizer import Vocabulary
+from .validation import PATHS
 
 FLAGS = (
     "task_name", "task_config", "tokenizer_name", "data_cache", "document_separator", "bos", "eos", "special_tokens",
-    "chat_template",    "bad_lines", "data_workers",
+    "chat_template", "bad_lines", "data_workers",
 )  # fmt: skip
 HELP = {
     "task_name": "the task: a.jsonl, b.jsonl.gz, c.parquet, hf://org/data",
@@ -75,7 +76,7 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     """Write `output`; returns documents, tokens and bad lines. Raises `ConfigError` or `DataError`."""
     if not config.tokenizer_name:
         raise ConfigError("--tokenizer-name is needed: the folder, file or hub name of the tokenizer")
-    for name in ("tokenizer_name", "task_config", "data_cache", "special_tokens"):
+    for name in PATHS:
         if fault := url_fault(f"--{dash(name)}", getattr(config, name)):
             raise ConfigError(fault)
     if not output.name:

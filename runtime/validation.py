@@ -11,7 +11,8 @@ from ..modules.urls import url_fault
 from .config import LOG_BACKENDS, Config, ConfigError, dash
 
 PATHS = (
-    "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "secret_file",
+    "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "chat_template",
+    "secret_file",
 )  # fmt: skip
 """Flags that take a path on this machine."""
 

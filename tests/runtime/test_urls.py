@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from farspan.converters.command import main_assemble, main_from, main_to
 from farspan.runtime import preprocess
-from farspan.runtime.config import Config
+from farspan.runtime.config import Config, ConfigError
 from farspan.runtime.task_spec import DataError, parse_tasks
 from farspan.runtime.validation import problems_of
 
 FLAGS = (
-    "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "secret_file",
-    "task_name", "evaluation_data",
+    "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "chat_template",
+    "secret_file", "task_name", "evaluation_data",
 )  # fmt: skip
 
 
@@ -24,6 +24,12 @@ def test_every_flag_of_a_run(name: str, url: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     (told,) = [line for line in problems_of(replace(Config(), **{name: url})) if "cannot be used yet" in line]
     assert told.startswith(f"{flag} {url}: ")
+
+
+def test_flags_that_preprocess_shares(tmp_path: Path) -> None:
+    told = Config(task_name="a", tokenizer_name="t", chat_template="s3://bucket/own.jinja")
+    with pytest.raises(ConfigError, match=r"--chat-template s3://bucket/own\.jinja: s3:// cannot be used yet"):
+        preprocess.preprocess(told, tmp_path / "out")
 
 
 def test_hub_tasks_stay() -> None:
