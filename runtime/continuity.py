@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .chat import NAMED
 from .task_spec import DataError
 
 MAY_CHANGE = ("--seq-length", "--rows")
@@ -28,6 +29,15 @@ def brief(value: object) -> Any:  # noqa: ANN401 - JSON
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def flag_of_tokens(made: Mapping[str, Any]) -> str:
+    """The flag that added tokens to the model when a checkpoint was saved, as far as it is known; "" where none did."""
+    added = made.get(SPECIAL_TOKENS)
+    named = (name for name, chat in NAMED.items() if chat.tokens and brief(list(chat.tokens)) == added)
+    return next(
+        (f"--chat-template {name}" for name in named), f"{SPECIAL_TOKENS} (or --chat-template)" if added else ""
+    )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -26,8 +26,9 @@ from ..modules.spec import ModelSpec, SpecError
 from ..pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ..pipeline.simulate import Costs, simulate, validate
 from ..pipeline.stage import Stage
-from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights
+from .checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights, read_progress
 from .config import Config, ConfigError
+from .continuity import flag_of_tokens
 from .launcher import local_rank
 from .milestones import mean_epoch, steps_of_epochs
 from .network import Network
@@ -245,15 +246,7 @@ def fill(
     step = checkpoints.find(stage.units, spec, (config.load_step or None) if config.load_checkpoint else 0)
     if step is not None:
         folder = folder_of(config.checkpoints, step)
-        ours, theirs = spec, ShardStore(folder).spec
-        if repr(replace(theirs, rope=ours.rope, max_positions=ours.max_positions)) == repr(ours) != repr(theirs):
-            raise CheckpointError(
-                f"{folder} was trained with --rope-scaling {theirs.scaling}, and now it is {ours.scaling}, which makes "
-                f"another model of it: put it back, or begin a run of its own from it (--model-name {folder}, and "
-                "another --checkpoint-path)"
-            )
-        if repr(ours) != repr(theirs):
-            raise CheckpointError(f"{folder} is of another model than --model-name {config.model_name}")
+        same_model(config, spec, folder)
         progress = checkpoints.load(step, spec, optimizer)
         if config.rank == 0:
             log.info("resuming from %s", folder)
@@ -279,6 +272,27 @@ def fill(
             init_unit(layer, spec, unit, config.seed)
         optimizer.adopt()
     return Progress(optimizer=config.optimizer_kind, global_batch=config.global_batch)
+
+
+def same_model(config: Config, ours: ModelSpec, folder: Path) -> None:
+    """Raises `CheckpointError` where the checkpoint in `folder` is of another model than `ours`."""
+    theirs = ShardStore(folder).spec
+    if repr(theirs) == repr(ours):
+        return
+    if repr(replace(theirs, rope=ours.rope, max_positions=ours.max_positions)) == repr(ours):
+        raise CheckpointError(
+            f"{folder} was trained with --rope-scaling {theirs.scaling}, and now it is {ours.scaling}, which makes "
+            f"another model of it: put it back, or begin a run of its own from it (--model-name {folder}, and "
+            "another --checkpoint-path)"
+        )
+    if repr(replace(theirs, vocab=ours.vocab)) == repr(ours) and theirs.vocab > ours.vocab:
+        made = (read_progress(folder).data or {}).get("made", {})
+        if flag := flag_of_tokens(made):
+            raise CheckpointError(
+                f"{folder} was trained with {theirs.vocab} tokens, and now there are {ours.vocab}: give rank 0 the "
+                f"{flag} of before again"
+            )
+    raise CheckpointError(f"{folder} is of another model than --model-name {config.model_name}")
 
 
 def same_optimizer(config: Config, progress: Progress, folder: Path) -> str | None:

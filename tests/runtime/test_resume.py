@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 from farspan.converters.hf import import_hf
+from farspan.modules.manifest import FORMAT
+from farspan.modules.shards import ShardStore, write_index
+from farspan.runtime.chat import NAMED
 from farspan.runtime.checkpoint import MANIFEST, CheckpointError, Progress, problem
 from farspan.runtime.config import Config
-from farspan.runtime.prepare import same_optimizer
+from farspan.runtime.continuity import brief
+from farspan.runtime.prepare import same_model, same_optimizer
 from launch import RESUMABLE, Run, read_metrics
 from safetensors.torch import load_file
 from tiny import make_model, spell_as_before
@@ -99,6 +104,32 @@ def test_what_is_said_of_the_optimizer_of_a_checkpoint(then: str | None, told: s
     # Before the kind was kept, only the flag can say that there may be anything to tell.
     assert (notice is not None) == (then is None and told == "adam")
     assert notice is None or "give --optimizer adam-l2" in notice
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        (
+            list(NAMED["chatml"].tokens),
+            "with 66 tokens, and now there are 64: give rank 0 the --chat-template chatml of",
+        ),
+        (["<a>", "<b>"], "give rank 0 the --special-tokens (or --chat-template) of before again"),
+        ([], "is of another model than --model-name m"),
+    ],
+)
+def test_tokens_that_a_missing_flag_added(model: Path, tmp_path: Path, added: list[str], says: str) -> None:
+    """A vocabulary that has grown is no other model, and the flag that made it grow is named."""
+    spec = ShardStore(model).spec
+    grown, folder = spec.grown(66), tmp_path / "checkpoint_3"
+    folder.mkdir()
+    write_index(folder, grown, torch.float32)
+    trainer = {"format": FORMAT, "data": {"drawn": 0, "made": {"--special-tokens": brief(added)}, "tasks": {}}}
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    same_model(Config(), grown, folder)
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        same_model(Config(model_name="m"), spec, folder)
+    with pytest.raises(CheckpointError, match="is of another model"):
+        same_model(Config(), ShardStore(make_model(tmp_path / "other", layers=2)).spec, folder)
 
 
 def test_dropout_resumes_too(flags: Flags, tmp_path: Path) -> None:
