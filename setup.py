@@ -24,7 +24,7 @@ setup(
         "data": ["datasets>=4", "zstandard>=0.22"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5"],
         "watching": ["wandb>=0.20", "tensorboard>=2.18", "matplotlib>=3.9"],
-        "docs": ["mkdocs-material>=9.7"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "dev": [
             "datasets>=4",
             "zstandard>=0.22",
@@ -41,6 +41,7 @@ setup(
             "matplotlib>=3.9",
             "bitsandbytes>=0.45",
             "mkdocs-material>=9.7",
+            "mkdocstrings[python]>=1",
         ],
     },
 )

@@ -27,6 +27,7 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path: Path) -> None:
     for page in pages:
         fetched = re.findall(r"<(?:script|img|link)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>", page.read_text())
         assert not fetched, page.name
+    assert "Any tensor → [nbytes] uint8 on its device." in (tmp_path / "api" / "comm.html").read_text()
 
 
 def test_the_road_on_a_small_model_runs_as_the_page_has_it(tmp_path: Path) -> None:
