@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from farspan import __version__
-from farspan.modules.families import FAMILIES
+from farspan.modules.families.registry import FAMILIES
 
 COMMANDS = ("train", "check", "preprocess", "convert")
 HELP = f"""\
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return train(["--check", *flags] if command == "check" else flags)
         case ["preprocess", *flags]:
-            from farspan.runtime.preprocess import main as preprocess
+            from farspan.runtime.data.preprocess import main as preprocess
 
             return preprocess(flags)
         case ["convert", "from-hf" | "to-hf" as direction, family, *flags] if family in FAMILIES:

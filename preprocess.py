@@ -2,7 +2,7 @@
 
 import sys
 
-from farspan.runtime.preprocess import main
+from farspan.runtime.data.preprocess import main
 
 if __name__ == "__main__":
     sys.exit(main())

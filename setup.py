@@ -1,12 +1,13 @@
 """Where the packages lie: the checkout itself is the package `farspan` (everything else is in pyproject.toml)."""
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 ROOMS = ("comm", "modules", "pipeline", "runtime", "converters")
+FOLDERS = [folder for room in ROOMS for folder in find_namespace_packages(".", include=[room, f"{room}.*"])]
 
 setup(
-    packages=["farspan", *(f"farspan.{room}" for room in ROOMS)],
-    package_dir={"farspan": ".", **{f"farspan.{room}": room for room in ROOMS}},
+    packages=["farspan", *(f"farspan.{folder}" for folder in FOLDERS)],
+    package_dir={"farspan": ".", **{f"farspan.{folder}": folder.replace(".", "/") for folder in FOLDERS}},
     install_requires=[
         "torch>=2.11",
         "transformers>=5",

@@ -22,10 +22,10 @@ import numpy as np
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from farspan.runtime.config import Config
-from farspan.runtime.open_tasks import open_tasks
-from farspan.runtime.recipe import BackendEncoder, Encoded, Frame, Recipe
-from farspan.runtime.task_spec import TaskSpec
+from farspan.runtime.data.open_tasks import open_tasks
+from farspan.runtime.data.recipe import BackendEncoder, Encoded, Frame, Recipe
+from farspan.runtime.data.task_spec import TaskSpec
+from farspan.runtime.flags.config import Config
 
 LENGTH = 1024
 

@@ -28,11 +28,11 @@ os.environ |= {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import torch
-from farspan.comm.codec import RawCodec
+from farspan.comm.codecs.codec import RawCodec
+from farspan.comm.groups.nccl import NcclGroup, bind
+from farspan.comm.groups.watchdog import Watchdog
+from farspan.comm.lanes.stream_lane import StreamLane
 from farspan.comm.link import Receiver, Sender
-from farspan.comm.nccl import NcclGroup, bind
-from farspan.comm.stream_lane import StreamLane
-from farspan.comm.watchdog import Watchdog
 from farspan.pipeline.executor import Executor
 from farspan.runtime.cli import main as farspan_main
 from gpu import own_host

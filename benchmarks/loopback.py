@@ -34,11 +34,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from contest import Contestant, compete, disturbance, server, table
 from farspan.runtime.cli import main as farspan_main
-from farspan.runtime.config import Config
-from farspan.runtime.feed import shift_labels
-from farspan.runtime.metrics import Metrics
-from farspan.runtime.open_tasks import open_tasks
-from farspan.runtime.tokenizer import Vocabulary
+from farspan.runtime.data.open_tasks import open_tasks
+from farspan.runtime.data.tokenizer import Vocabulary
+from farspan.runtime.flags.config import Config
+from farspan.runtime.observe.metrics import Metrics
+from farspan.runtime.training.feed import shift_labels
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from farspan.comm.lane import Ticket
+from farspan.comm.lanes.lane import Ticket
 from farspan.modules.layers import build_layers, init_unit
 from farspan.modules.loss import CHUNK_LOGITS, linear_cross_entropy_sum
 from farspan.modules.shards import ShardStore, write_index, write_unit
@@ -26,9 +26,9 @@ from farspan.modules.spec import ModelSpec
 from farspan.pipeline.executor import Batch, Edges, Executor
 from farspan.pipeline.schedule import gpipe, lower, one_f_one_b
 from farspan.pipeline.stage import Stage
-from farspan.runtime.checkpoint import load_weights
-from farspan.runtime.optim import Optimizer
-from farspan.runtime.usage import peak_memory_bytes
+from farspan.runtime.checkpoints.checkpoint import load_weights
+from farspan.runtime.observe.usage import peak_memory_bytes
+from farspan.runtime.optim.optimizer import Optimizer
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from farspan.modules.shards import ShardStore
 from farspan.pipeline.stage import Stage
-from farspan.runtime.config import Config
-from farspan.runtime.optim import Optimizer
+from farspan.runtime.flags.config import Config
+from farspan.runtime.optim.optimizer import Optimizer
 
 CASES = (("adamw", "allreduce", 1), ("8bit-adam", "allreduce", 1), *(("adamw", "zero1", d) for d in (2, 3, 4)))
 

@@ -27,9 +27,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 import torch
 import torch.nn.functional as F
 import transformers
-from farspan.runtime.config import Config
-from farspan.runtime.open_tasks import open_tasks
-from farspan.runtime.tokenizer import Vocabulary
+from farspan.runtime.data.open_tasks import open_tasks
+from farspan.runtime.data.tokenizer import Vocabulary
+from farspan.runtime.flags.config import Config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_linear_schedule_with_warmup
 from transformers.utils import logging

@@ -27,16 +27,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from farspan.comm.codec import RawCodec
-from farspan.comm.gloo import GlooGroup
-from farspan.comm.lane import ThreadLane, Ticket
+from farspan.comm.codecs.codec import RawCodec
+from farspan.comm.groups.gloo import GlooGroup
+from farspan.comm.lanes.lane import ThreadLane, Ticket
 from farspan.comm.link import WINDOW, Receiver, Sender
-from farspan.comm.rendezvous import Rendezvous
+from farspan.comm.meeting.rendezvous import Rendezvous
 from farspan.comm.topology import Topology
-from farspan.runtime.config import Config
-from farspan.runtime.network import find_network
-from farspan.runtime.prepare import keep_freed_memory
-from farspan.runtime.wiring import connect
+from farspan.runtime.flags.config import Config
+from farspan.runtime.setup.network import find_network
+from farspan.runtime.setup.prepare import keep_freed_memory
+from farspan.runtime.setup.wiring import connect
 from torch.distributed import FileStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "lab"))

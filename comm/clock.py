@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .group import Group
+from .groups.group import Group
 
 
 @dataclass(frozen=True)

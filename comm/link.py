@@ -7,10 +7,10 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from .codec import Codec
-from .group import Group
-from .lane import Lane, Ticket
-from .staging import host_memory, to_device
+from .codecs.codec import Codec
+from .groups.group import Group
+from .lanes.lane import Lane, Ticket
+from .lanes.staging import host_memory, to_device
 
 
 class Sender:

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import torch
 
-from .codec import RawCodec
-from .group import Group
-from .lane import Lane
+from .codecs.codec import RawCodec
+from .groups.group import Group
+from .lanes.lane import Lane
 from .link import WINDOW, Receiver, Sender
 
 _ROUNDS = 5

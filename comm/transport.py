@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 
 from .errors import InterfaceError
-from .gloo import GlooGroup
-from .group import Group
-from .lane import Lane, Recorder, ThreadLane
-from .nccl import NcclGroup, bind, load
-from .rendezvous import Rendezvous
-from .stream_lane import StreamLane
-from .watchdog import Watchdog
+from .groups.gloo import GlooGroup
+from .groups.group import Group
+from .groups.nccl import NcclGroup, bind, load
+from .groups.watchdog import Watchdog
+from .lanes.lane import Lane, Recorder, ThreadLane
+from .lanes.stream_lane import StreamLane
+from .meeting.rendezvous import Rendezvous
 
 
 def prepare(backend: str, interface: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..modules.families import FAMILIES
+from ..modules.families.registry import FAMILIES
 from ..modules.urls import url_fault
 
 

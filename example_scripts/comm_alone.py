@@ -5,7 +5,7 @@
 
 Rank 0 sends three tensors, and rank 1 sends each back doubled. On two hosts, give both
 `--url tcp://HOST-OF-RANK-0:7040`, and each `--interface` its own name of the interface that leads to the other.
-(A run also proves, as `runtime/wiring.py` shows, that each connection is the peer's and takes that interface.)
+(A run also proves, as `runtime/setup/wiring.py` shows, that each connection is the peer's and takes that interface.)
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 from typing import NoReturn
 
 import torch
-from farspan.comm.codec import RawCodec
+from farspan.comm.codecs.codec import RawCodec
 from farspan.comm.errors import WireError
-from farspan.comm.interfaces import Interface, interface
 from farspan.comm.link import Receiver, Sender
-from farspan.comm.rendezvous import Rendezvous
+from farspan.comm.meeting.interfaces import Interface, interface
+from farspan.comm.meeting.rendezvous import Rendezvous
 from farspan.comm.transport import Transport, Wanted
 
 COUNT, SHAPE = 3, (2, 4)  # both ends know how many messages come, and of what shape: no size is ever sent

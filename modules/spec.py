@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import torch
 
-from .families import FAMILIES, Family
+from .families.family import Family
+from .families.registry import FAMILIES
 from .json_file import read_json, short
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu", "swish", "relu")
@@ -33,7 +34,7 @@ class SpecError(ValueError):
 class ModelSpec:
     """A model's shape. It is cut into `unit_count` units: 0 the embedding, 1…layers the blocks, the last the head."""
 
-    family: str  # a key of families.FAMILIES
+    family: str  # a key of FAMILIES
     layers: int
     width: int
     heads: int

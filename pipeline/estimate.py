@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..comm.lane import Ticket
+from ..comm.lanes.lane import Ticket
 from ..comm.link import WINDOW
 from ..modules.layers import unit_elements
 from ..modules.spec import ModelSpec

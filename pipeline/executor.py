@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..comm.lane import Recorder, Ticket
+from ..comm.lanes.lane import Recorder, Ticket
+from ..comm.lanes.staging import to_device
+from ..comm.lanes.stopwatch import stopwatch
 from ..comm.link import Receiver, Sender
-from ..comm.staging import to_device
-from ..comm.stopwatch import stopwatch
 from .schedule import Op, Row, trains
 from .stage import Stage
 

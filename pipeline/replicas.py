@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm.group import Group
-from ..comm.lane import Lane
+from ..comm.groups.group import Group
+from ..comm.lanes.lane import Lane
 from .gradients import Gradients
 
 

@@ -11,8 +11,8 @@ from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
-from .config import Config, ConfigError, read
-from .validation import problems_of
+from .flags.config import Config, ConfigError, read
+from .flags.validation import problems_of
 
 log = logging.getLogger("farspan")
 

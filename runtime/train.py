@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..comm.errors import InterfaceError, Occupied, Stopped, WireError, line_of
-from ..comm.rendezvous import Rendezvous
+from ..comm.meeting.rendezvous import Rendezvous
 from ..comm.topology import Topology
 from ..modules.checksums import checksum
 from ..modules.shards import ShardError
@@ -32,22 +32,24 @@ from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
 from ..pipeline.warmup import warm_up
-from .astest import export, shortened
-from .backends import check_backends
-from .check import CheckFailed, check
-from .checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
-from .config import Config, ConfigError
-from .evaluate import Evaluation, open_held_out
-from .feed import Feed
-from .launcher import port_advice
-from .metrics import Metrics
-from .milestones import compared_on, enough, perplexity
-from .network import Network, find_network
-from .notices import notices
-from .open_tasks import open_tasks
-from .optim import Optimizer
-from .precision import LossScaler, compute_dtype
-from .prepare import (
+from .checkpoints.checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
+from .checkpoints.retention import ALL
+from .data.mixture import DataError
+from .data.open_tasks import open_tasks
+from .data.workers import WorkerLost
+from .flags.config import Config, ConfigError
+from .flags.launcher import port_advice
+from .observe.backends import check_backends
+from .observe.metrics import Metrics
+from .observe.profiling import Profile
+from .observe.torch_profile import TorchProfile
+from .observe.usage import Usage
+from .optim.optimizer import Optimizer
+from .optim.precision import LossScaler, compute_dtype
+from .preflight.check import CheckFailed, check
+from .setup.network import Network, find_network
+from .setup.notices import notices
+from .setup.prepare import (
     allow_descriptors,
     check_model,
     describe,
@@ -63,16 +65,14 @@ from .prepare import (
     shake_hands,
     share_threads,
 )
-from .profiling import Profile
-from .retention import ALL
-from .show_data import ShowData
-from .split import layer_split, told
-from .tasks import DataError
-from .token_workers import WorkerLost
-from .torch_profile import TorchProfile
-from .trainer import STOPPED, Diverged, Trainer, Vote
-from .usage import Usage
-from .wiring import connect
+from .setup.split import layer_split, told
+from .setup.wiring import connect
+from .training.as_test import export, shortened
+from .training.evaluation import Evaluation, open_held_out
+from .training.feed import Feed
+from .training.milestones import compared_on, enough, perplexity
+from .training.show_data import ShowData
+from .training.trainer import STOPPED, Diverged, Trainer, Vote
 
 EXPECTED = (
     WireError,

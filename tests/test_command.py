@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from farspan import __main__ as command
 from farspan.__main__ import main
-from farspan.modules.families import FAMILIES
+from farspan.modules.families.registry import FAMILIES
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from farspan.runtime.config import Config, ConfigError, parse
-from farspan.runtime.old_flags import INERT, REFUSED
-from farspan.runtime.validation import validate
+from farspan.runtime.flags.config import Config, ConfigError, parse
+from farspan.runtime.flags.old_flags import INERT, REFUSED
+from farspan.runtime.flags.validation import validate
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = REPO / "docs" / "openchatkit.md"

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from farspan.runtime.config import GROUPS
+from farspan.runtime.flags.config import GROUPS
 
 REPO = Path(__file__).resolve().parents[1]
 FLAGS = REPO / "docs" / "flags.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -21,6 +22,25 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": ("comm", "modules", "pipeline"),
     "converters": ("modules",),
 }
+# Room within a room → the others there that it may import, from the ground up; of the files beside them, BASES alone.
+INNER_ROOMS: dict[str, tuple[str, ...]] = {
+    "comm/lanes": (),
+    "comm/codecs": (),
+    "comm/groups": ("lanes",),
+    "comm/meeting": ("lanes", "groups"),
+    "modules/families": (),
+    "runtime/flags": (),
+    "runtime/data": ("flags",),
+    "runtime/optim": ("flags",),
+    "runtime/checkpoints": ("flags", "data", "optim"),
+    "runtime/observe": ("flags",),
+    "runtime/training": ("flags", "data", "optim", "checkpoints", "observe"),
+    "runtime/setup": ("flags", "data", "optim", "checkpoints", "training"),
+    "runtime/preflight": ("flags", "data", "optim", "checkpoints", "observe", "setup"),
+}
+BASES = {"comm": ("errors", "topology")}
+# Inner room → what it does without when it is imported: worker processes load it, and start in a moment.
+WITHOUT = {"runtime/flags": ("torch",), "runtime/data": ("torch",)}
 # Room → what it may import from outside, beside the standard library; the two rooms that are not here may import all.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "comm": ("torch", "psutil", "cupy"),
@@ -65,7 +85,7 @@ def imports_of(path: PurePosixPath, tree: ast.AST, lazy: bool = False) -> Iterat
 
 
 def is_one_of(path: PurePosixPath, patterns: Iterable[str]) -> bool:
-    """From the top of the checkout: runtime/preprocess.py is not preprocess.py."""
+    """From the top of the checkout: runtime/data/preprocess.py is not preprocess.py."""
     return any(fnmatchcase(path.as_posix(), pattern) for pattern in patterns)
 
 
@@ -98,6 +118,20 @@ def import_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str
             yield line, f"{first} is heavy or optional: import it in the function that uses it"
 
 
+def inner_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """What a file of an inner room does against `INNER_ROOMS`."""
+    if len(path.parts) < 3 or (inner := "/".join(path.parts[:2])) not in INNER_ROOMS:
+        return
+    room, own = path.parts[:2]
+    may = (own, *INNER_ROOMS[inner], *BASES.get(room, ()))
+    for line, name, relative, lazy in imports_of(path, tree):
+        _, second, third, *_ = [*name.split("."), "", ""]
+        if relative and second == room and third not in may:
+            yield line, f"{inner} does not know {room}/{third}"
+        if not relative and not lazy and name.split(".")[0] in WITHOUT.get(inner, ()):
+            yield line, f"{inner} does without {name.split('.')[0]}"
+
+
 def habit_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]]:
     if is_entry_script(path):
         return
@@ -128,7 +162,7 @@ def defined_and_named(tree: ast.AST) -> tuple[set[str], set[str]]:
 def faults(path: str, source: str) -> list[str]:
     """What `source` does against the rules, were it the file `path` of the repository."""
     where, tree = PurePosixPath(path), ast.parse(source)
-    found = [*import_faults(where, tree), *habit_faults(where, tree)]
+    found = [*import_faults(where, tree), *inner_faults(where, tree), *habit_faults(where, tree)]
     if where.name == "__init__.py" and where.parent.parts:
         found.append((1, f"a room with an __init__.py hides every other package called {where.parent.name}"))
     return [f"{path}:{line}: {what}" for line, what in found]
@@ -187,9 +221,15 @@ def test_what_is_tested_is_this_checkout() -> None:
         ("setup.py", "import farspan.converters.hf", "only its entry scripts may import converters"),
         ("dist_train.py", "from farspan import converters", "only its entry scripts may import converters"),
         ("converters/convert_x.py", "import farspan.runtime", "only its entry scripts may import runtime"),
-        ("runtime/preprocess.py", "from ..converters import hf", "runtime does not know converters"),
+        ("runtime/data/preprocess.py", "from ...converters import hf", "runtime does not know converters"),
         ("runtime/__main__.py", "def f():\n    print('x')", "print"),
         ("comm/x.py", "import comm", "by its folder's name"),
+        ("comm/lanes/x.py", "from ..groups.group import Group", "comm/lanes does not know comm/groups"),
+        ("comm/groups/x.py", "from ..link import Sender", "comm/groups does not know comm/link"),
+        ("comm/groups/x.py", "from ...pipeline.stage import Stage", "comm does not know pipeline"),
+        ("runtime/data/x.py", "from ..optim.optimizer import Optimizer", "runtime/data does not know runtime/optim"),
+        ("runtime/observe/x.py", "def f():\n    from .. import train", "runtime/observe does not know runtime/train"),
+        ("runtime/data/x.py", "from torch import Tensor", "runtime/data does without torch"),
         ("tests/comm/test_x.py", "from comm.link import Sender", "by its folder's name"),
         ("runtime/x.py", "import farspan.comm", "imports are relative"),
         ("runtime/x.py", "from farspan.comm.link import Sender", "imports are relative"),
@@ -216,6 +256,8 @@ def test_each_rule_can_fail(path: str, source: str, what: str) -> None:
     [
         ("comm/x.py", "import torch\nimport psutil\nfrom .errors import WireError\nfrom . import codec"),
         ("comm/x.py", "def f():\n    import cupy"),
+        ("comm/meeting/x.py", "from ..errors import WireError\nfrom ..lanes.lane import Lane\nfrom .store import Key"),
+        ("runtime/data/x.py", "from ..flags.config import Config\ndef f():\n    import torch"),
         ("modules/x.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedConfig"),
         ("runtime/x.py", "from .. import __version__, comm\nimport tqdm\ndef f():\n    import wandb"),
         ("runtime/x.py", "try:\n    f()\nexcept OSError as error:\n    raise ValueError from error"),
@@ -231,3 +273,24 @@ def test_each_rule_can_fail(path: str, source: str, what: str) -> None:
 )
 def test_what_keeps_the_rules_passes(path: str, source: str) -> None:
     assert faults(path, source) == []
+
+
+def test_every_folder_of_a_room_is_known() -> None:
+    """And none that is known is gone."""
+    folders = {p.parent.relative_to(REPO).as_posix() for p in sources() if p.relative_to(REPO).parts[0] in ROOMS}
+    assert {"/".join(folder.split("/")[:2]) for folder in folders} == {*ROOMS, *INNER_ROOMS}
+
+
+def test_inner_rooms_have_an_order() -> None:
+    """The table lists them from the ground up, so no circle is possible."""
+    for number, (inner, may) in enumerate(INNER_ROOMS.items()):
+        room = inner.split("/")[0]
+        assert {f"{room}/{other}" for other in may} <= set([*INNER_ROOMS][:number]), inner
+
+
+def test_the_data_rooms_load_without_torch() -> None:
+    files = [path.relative_to(REPO) for folder in WITHOUT for path in sorted((REPO / folder).rglob("*.py"))]
+    names = [".".join(["farspan", *file.with_suffix("").parts]) for file in files]
+    loads = f"for name in {names}: importlib.import_module(name)"
+    code = f"import importlib, sys\n{loads}\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from farspan.comm.codec import RawCodec
+from farspan.comm.codecs.codec import RawCodec
 from farspan.comm.errors import PeerLost
-from farspan.comm.lane import ThreadLane
+from farspan.comm.lanes.lane import ThreadLane
 from farspan.comm.link import Receiver, Sender
 from memory import MemoryGroup, MemoryWire
 from peers import Peer, Told, error_of, play

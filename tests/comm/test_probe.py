@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from farspan.comm import probe as room
-from farspan.comm.lane import ThreadLane
+from farspan.comm.lanes.lane import ThreadLane
 from farspan.comm.probe import EdgeFigures, Probe
 from peers import Peer, play
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from farspan.comm.errors import InterfaceError, RemoteFailure, WireError
-from farspan.comm.lane import ThreadLane
+from farspan.comm.lanes.lane import ThreadLane
 from farspan.comm.transport import Transport, Wanted
 from peers import Peer, play
 

@@ -12,13 +12,13 @@ from typing import Any
 import gpu
 import pytest
 import torch
-from farspan.comm.codec import RawCodec
+from farspan.comm.codecs.codec import RawCodec
 from farspan.comm.errors import WireError
-from farspan.comm.group import Group
+from farspan.comm.groups.group import Group
+from farspan.comm.groups.nccl import NcclGroup, bind
+from farspan.comm.groups.watchdog import Watchdog
+from farspan.comm.lanes.stream_lane import StreamLane
 from farspan.comm.link import Receiver, Sender
-from farspan.comm.nccl import NcclGroup, bind
-from farspan.comm.stream_lane import StreamLane
-from farspan.comm.watchdog import Watchdog
 from peers import Peer, error_of, play
 from torch import Tensor
 

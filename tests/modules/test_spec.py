@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from farspan.modules.families import FAMILIES
+from farspan.modules.families.registry import FAMILIES
 from farspan.modules.spec import ModelSpec, SpecError, hf_config
 from transformers import AutoConfig
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from farspan.comm.codec import RawCodec
+from farspan.comm.codecs.codec import RawCodec
+from farspan.comm.lanes.stream_lane import StreamLane
 from farspan.comm.link import Receiver, Sender
-from farspan.comm.stream_lane import StreamLane
 from farspan.pipeline.executor import Batch, Edges, Executor
 from farspan.pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from torch import Tensor, nn

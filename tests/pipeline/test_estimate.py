@@ -17,10 +17,10 @@ from farspan.pipeline.partition import stage_units
 from farspan.pipeline.replicas import Replicas
 from farspan.pipeline.schedule import gpipe, lower, one_f_one_b
 from farspan.pipeline.stage import Stage
-from farspan.runtime.config import Config
-from farspan.runtime.optim import Optimizer
-from farspan.runtime.prepare import keep_freed_memory
-from farspan.runtime.usage import peak_memory_bytes
+from farspan.runtime.flags.config import Config
+from farspan.runtime.observe.usage import peak_memory_bytes
+from farspan.runtime.optim.optimizer import Optimizer
+from farspan.runtime.setup.prepare import keep_freed_memory
 from peers import Peer, play
 from tiny import config_of
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from farspan.comm.codec import RawCodec
-from farspan.comm.lane import ThreadLane
+from farspan.comm.codecs.codec import RawCodec
+from farspan.comm.lanes.lane import ThreadLane
 from farspan.comm.link import Receiver, Sender
 from farspan.modules.layers import build_layers, hf_names
 from farspan.modules.loss import count_valid, cross_entropy_sum

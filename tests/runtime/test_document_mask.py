@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chars import mixture, text_of, write
-from farspan.runtime.config import Config
-from farspan.runtime.open_tasks import open_tasks
-from farspan.runtime.preprocess import main as preprocess
-from farspan.runtime.recipe import Frame
-from farspan.runtime.tasks import positions_of
-from farspan.runtime.tokenizer import Vocabulary
+from farspan.runtime.data.mixture import positions_of
+from farspan.runtime.data.open_tasks import open_tasks
+from farspan.runtime.data.preprocess import main as preprocess
+from farspan.runtime.data.recipe import Frame
+from farspan.runtime.data.tokenizer import Vocabulary
+from farspan.runtime.flags.config import Config
 from grids import train_plainly
 from launch import Run, read_metrics
 from tiny import make_model, make_task, make_tokenizer

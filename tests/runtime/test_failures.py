@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from farspan.comm.store import StoreClient
+from farspan.comm.meeting.store import StoreClient
 from farspan.converters.hf import import_hf
 from faults import signalled, worker_lost
 from launch import RESUMABLE, Ended, Run

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from farspan.runtime.config import Config
-from farspan.runtime.open_tasks import open_tasks
-from farspan.runtime.tokenizer import Vocabulary
+from farspan.runtime.data.open_tasks import open_tasks
+from farspan.runtime.data.tokenizer import Vocabulary
+from farspan.runtime.flags.config import Config
 from grids import GRIDS, ROWS, UPDATES, World, train_plainly
 from launch import Run, read_metrics
 from torch import Tensor

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from farspan.converters.hf import export_hf
-from farspan.runtime.config import Config, ConfigError
-from farspan.runtime.prepare import check_model, open_model
+from farspan.runtime.flags.config import Config, ConfigError
+from farspan.runtime.setup.prepare import check_model, open_model
 from launch import Run
 from tiny import make_model
 from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from farspan.comm import rendezvous
+from farspan.comm.meeting import rendezvous
 from launch import Run, read_metrics
 
 Flags = Callable[..., dict[str, Any]]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from farspan.converters.command import main_assemble, main_from, main_to
-from farspan.runtime import preprocess
-from farspan.runtime.config import Config, ConfigError
-from farspan.runtime.task_spec import DataError, parse_tasks
-from farspan.runtime.validation import problems_of
+from farspan.runtime.data import preprocess
+from farspan.runtime.data.task_spec import DataError, parse_tasks
+from farspan.runtime.flags.config import Config, ConfigError
+from farspan.runtime.flags.validation import problems_of
 
 FLAGS = (
     "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "chat_template",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from farspan.runtime.config import Config
-from farspan.runtime.open_tasks import open_tasks
-from farspan.runtime.recipe import Encoded, Frame, Recipe
-from farspan.runtime.task_spec import TaskSpec
-from farspan.runtime.tasks import TaskMixture
+from farspan.runtime.data.mixture import TaskMixture
+from farspan.runtime.data.open_tasks import open_tasks
+from farspan.runtime.data.recipe import Encoded, Frame, Recipe
+from farspan.runtime.data.task_spec import TaskSpec
+from farspan.runtime.flags.config import Config
 
 
 def encode(texts: list[str], offsets: bool) -> Encoded:

@@ -261,7 +261,7 @@ def install(version: str = "14.2.0", *, wait: bool = True) -> None:
 
 def take_the_place_of_cuda() -> None:
     """A whole rank on the stand-in: NCCL's groups over tensors in host memory."""
-    from farspan.comm.nccl import bind, load
+    from farspan.comm.groups.nccl import bind, load
     from farspan.runtime import train
 
     def pick_device(config: Any, network: Any) -> torch.device:  # noqa: ANN401

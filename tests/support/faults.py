@@ -10,15 +10,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from farspan.comm.gloo import GlooGroup
-from farspan.comm.rendezvous import Rendezvous
+from farspan.comm.groups.gloo import GlooGroup
+from farspan.comm.meeting.rendezvous import Rendezvous
 from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
 from farspan.pipeline.stage import Stage
-from farspan.runtime import checkpoint, prepare, train, trainer
-from farspan.runtime.checkpoint import Checkpoints
-from farspan.runtime.evaluate import Evaluation
-from farspan.runtime.token_workers import WorkerLost
+from farspan.runtime import train
+from farspan.runtime.checkpoints import checkpoint
+from farspan.runtime.checkpoints.checkpoint import Checkpoints
+from farspan.runtime.data.workers import WorkerLost
+from farspan.runtime.setup import prepare
+from farspan.runtime.training import trainer
+from farspan.runtime.training.evaluation import Evaluation
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "while loading": (train, "fill", 1),

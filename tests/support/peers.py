@@ -16,7 +16,7 @@ from typing import Any
 import launch  # its server forks these processes too
 import torch
 from farspan.comm.errors import WireError
-from farspan.comm.gloo import GlooGroup
+from farspan.comm.groups.gloo import GlooGroup
 from torch.distributed import FileStore
 
 _context = multiprocessing.get_context("forkserver")
