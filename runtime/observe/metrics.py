@@ -67,7 +67,7 @@ def _cut(path: Path, step: int) -> list[str]:
         try:
             if json.loads(line)["step"] > step:
                 break
-        except (ValueError, TypeError, KeyError):  # damaged: what follows hangs in the air
+        except (ValueError, TypeError, KeyError, RecursionError):  # damaged: what follows hangs in the air
             break
         kept.append(line)
     if kept and not kept[-1].endswith("\n"):

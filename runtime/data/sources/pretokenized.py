@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ....modules.json_file import Count, read_json, short
 from ..cached import flush, seal_of
 from ..recipe import Block
 from ..task_spec import FORMS, DataError, TaskSpec, checked
@@ -27,7 +28,10 @@ from ..task_spec import FORMS, DataError, TaskSpec, checked
 FORMAT = 2
 META = "meta.json"
 DTYPES = ("uint16", "uint32")
-LONGEST = 200  # characters of another library's reason
+SHAPE = {
+    "dtype": str, "documents": Count, "tokens": Count, "tokenizer": str, "masked": bool, "made": {"loss_on": str},
+    "files?": {str: {"bytes": Count, "crc32?": Count}}, "crc32?": Count,
+}  # fmt: skip
 
 
 def is_pretokenized(path: Path) -> bool:
@@ -44,10 +48,10 @@ class TokenFolder:
         self.path, self._vocab = path, vocab
         try:
             self._open()
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise
-            reason = f"{type(error).__name__}: {error}"[:LONGEST]
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = short(f"{type(error).__name__}: {error}")
             raise DataError(f"{path} is not a whole pre-tokenised task ({reason}): preprocess again") from error
         if self._tokenizer != tokenizer:
             raise DataError(
@@ -56,9 +60,11 @@ class TokenFolder:
             )
 
     def _open(self) -> None:
-        meta: dict[str, Any] = json.loads((self.path / META).read_text())
-        if meta["format"] != FORMAT:
-            raise DataError(f"{self.path} is of format {meta['format']}, this version reads {FORMAT}: preprocess again")
+        again = "preprocess again"
+        found = read_json(self.path / META, {"format": Count}, DataError, again)["format"]
+        if found != FORMAT:
+            raise DataError(f"{self.path} is of format {found}, this version reads {FORMAT}: {again}")
+        meta: dict[str, Any] = read_json(self.path / META, SHAPE, DataError, again)
         # Folders of before have no sums.
         if meta.pop("crc32", None) not in (None, _crc_of(meta)):
             raise self._damaged(META)

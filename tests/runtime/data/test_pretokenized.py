@@ -97,5 +97,5 @@ def test_a_large_folder_is_checked_where_it_is_read(tmp_path: Path, monkeypatch:
 
 def test_brackets_without_end_in_a_task_config(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"tasks\.json is not JSON"):
+    with pytest.raises(DataError, match=r"tasks\.json: its brackets are nested too deeply"):
         read_task_config(tmp_path / "tasks.json")

@@ -279,7 +279,7 @@ def test_a_folder_of_tokens_says_what_made_it(tmp_path: Path) -> None:
         drawn_from(tmp_path, task_name=str(out), **same)
     del meta["made"]
     (out / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="not a whole pre-tokenised task"):
+    with pytest.raises(DataError, match=r"meta\.json: .* has no made; preprocess again"):
         drawn_from(tmp_path, task_name=str(out), **same)
 
 
