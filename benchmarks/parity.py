@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = os.environ.get("FARSPAN_DATA")
 BOUND = 1e-4  # nats a token: the most by which two losses of the same step, or of the same held-out text, may differ
 ROWS, MICRO_ROWS, LENGTH, SEED = 8, 2, 256, 1  # ROWS of all replicas together
+EOS = "no"  # the plain loop adds none
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.999), 1e-6, 0.01, 1.0
 IGNORED = -100
 DEADLINE_S = 1800.0
@@ -123,6 +124,7 @@ def launch(
         "data-group-size": grid.replicas,
         "use-cuda": "false",
         "seq-length": LENGTH,
+        "eos": EOS,
         "batch-size": ROWS // grid.replicas,
         "micro-batch-size": MICRO_ROWS,
         "total-steps": steps,
@@ -162,7 +164,12 @@ def launch(
 def batches(model: Path, train_config: Path, steps: int, cache: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels [ROWS, LENGTH] of each step, as Hugging Face's models take them (not yet shifted)."""
     told = Config(
-        model_name=str(model), task_config=str(train_config), seq_length=LENGTH, seed=SEED, data_cache=str(cache)
+        model_name=str(model),
+        task_config=str(train_config),
+        seq_length=LENGTH,
+        eos=EOS,
+        seed=SEED,
+        data_cache=str(cache),
     )
     mixture = open_tasks(told, Vocabulary(told))
     for _ in range(steps):
@@ -260,10 +267,10 @@ def page(reference: Outcome, outcomes: dict[str, Outcome], held_out: int) -> str
 from the plain loop's.
 
 The pretrained Llama stories260K (5 layers, width 64, tied embeddings; karpathy/tinyllamas) learns GSM8K
-(openai/grade-school-math): template `{{question}}\\n{{answer}}`, loss on the answers, packed rows of {LENGTH} tokens,
-{ROWS} of them a step on every grid, micro-batches of {MICRO_ROWS}. {steps} steps in fp32 of AdamW (peak rate {LR:g},
-betas {BETAS[0]} and {BETAS[1]}, eps {EPS:g}, decay {DECAY} on matrices), gradients clipped at {CLIP:g};
-{warmup_of(steps)} steps of warm-up, then linear to 0. Grids are stages × replicas;
+(openai/grade-school-math): template `{{question}}\\n{{answer}}`, loss on the answers, no end token, packed rows of
+{LENGTH} tokens, {ROWS} of them a step on every grid, micro-batches of {MICRO_ROWS}. {steps} steps in fp32 of AdamW
+(peak rate {LR:g}, betas {BETAS[0]} and {BETAS[1]}, eps {EPS:g}, decay {DECAY} on matrices), gradients clipped at
+{CLIP:g}; {warmup_of(steps)} steps of warm-up, then linear to 0. Grids are stages × replicas;
 3×1 is uneven: 2, 2 and 1 layers. The last {held_out} problems are held out.
 
 The plain loop is transformers' model with torch's own AdamW and clipping and transformers' schedule, in one process, on

@@ -185,8 +185,9 @@ def _rehearse(
         for module in stage.modules():
             for name, p in module._parameters.items():
                 if p is not None:
-                    made = real.get(id(p)) or nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device))
-                    module._parameters[name] = real[id(p)] = made
+                    if id(p) not in real:  # a tied matrix is there twice
+                        real[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device))
+                    module._parameters[name] = real[id(p)]
         weights = sum(prod(p.shape) * p.dtype.itemsize for p in real.values())
         gradients = Gradients([t.parameter for t in stage.tensors()])
         executor = Executor(stage, alone_row(stage, micro_batches), still_edges(stage), rows, length)

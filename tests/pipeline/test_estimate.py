@@ -26,6 +26,7 @@ from tiny import config_of
 
 CPU = torch.device("cpu")
 MICRO_BATCHES, ROWS, LENGTH = 4, 2, 256
+DEADLINE_S = 400.0  # 16-bit products take a processor that has none for them a hundred times as long
 SHAPES: dict[str, dict[str, Any]] = {
     "gptneox": {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8000, "max_position_embeddings": 256},
     "llama": {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 8000, "max_position_embeddings": 256},
@@ -141,17 +142,26 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="o
 @pytest.mark.parametrize("number", range(len(CASES)), ids=name_of)
 def test_the_parts_add_up_to_what_is_used(number: int, tmp_path: Path) -> None:
     need = estimated(number)
-    for real in play(peak_without_holes, ranks_of(number), tmp_path).values():
+    for real in play(peak_without_holes, ranks_of(number), tmp_path, deadline_s=DEADLINE_S).values():
         # Below: what libraries take inside an operation, such as weights in another order for 16-bit products.
-        assert 0.9 < (need.on_device - need.heap) / real < 1.05, f"{need} against {real / 2**20:.1f} MiB"
+        assert 0.9 < (need.on_device - need.heap) / real < 1.1, f"{need} against {real / 2**20:.1f} MiB"
 
 
 @linux
 @pytest.mark.parametrize("number", [3, 5, 6, 8], ids=name_of)
 def test_the_estimate_is_within_15_percent_of_the_peak(number: int, tmp_path: Path) -> None:
     need = estimated(number)
-    for real in play(peak, ranks_of(number), tmp_path).values():
+    for real in play(peak, ranks_of(number), tmp_path, deadline_s=DEADLINE_S).values():
         assert 0.85 < need.on_device / real < 1.15, f"{need} against {real / 2**20:.1f} MiB"
+
+
+def test_a_tied_matrix_on_one_stage_counts_once() -> None:
+    needs = []
+    for tied in (False, True):
+        spec = replace(spec_of("llama"), tied=tied)
+        row = gpipe(1, 1)[0]
+        needs.append(estimate(spec, range(spec.unit_count), row, rows=1, length=16, dtype=torch.float32, device=CPU))
+    assert needs[0].weights - needs[1].weights == 4 * spec.vocab * spec.width
 
 
 def test_offloaded_state_is_the_hosts() -> None:
