@@ -30,7 +30,7 @@ The road, in this order:
 
 FAMILY: {", ".join(FAMILIES)}
 farspan COMMAND --help lists a command's flags. The scripts dist_train.py, preprocess.py and converters/convert_*.py
-do the same. README.md explains each step.
+do the same. docs/first-run.md explains each step.
 """
 CONVERT = f"""\
 usage: farspan convert from-hf FAMILY --model-name NAME --save-dir DIR

@@ -60,7 +60,8 @@ class Head(nn.Module):
         self.out = nn.Linear(spec.width, spec.vocab, bias=spec.head_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.norm(x))
+        logits: Tensor = self.out(self.norm(x))
+        return logits
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Σ cross-entropy [] over `labels` [b, T] (see `cross_entropy_sum`), without all logits at once."""

@@ -33,7 +33,10 @@ def linear_cross_entropy_sum(
     rows = most // weight.shape[0]
     if labels.numel() <= rows:
         return cross_entropy_sum(F.linear(hidden, weight, bias), labels)
-    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, bias, labels.flatten(), max(1, rows))
+    total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call] # untyped in torch
+        hidden.flatten(0, 1), weight, bias, labels.flatten(), max(1, rows)
+    )
+    return total
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -183,7 +183,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
         )
-        return self.out(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
 
     def _turned(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, T, H, D] and k [b, T, KV, D] with their positions, and v like k."""
@@ -191,9 +192,12 @@ class Attention(nn.Module):
         cos, sin = documents[1:] if documents is not None else self.rotary.tables(t, x.device, x.dtype)
         if self.fused:
             qkv = self.qkv(x).view(b, t, -1, 3, self.head_dim)
-            return _SplitRotate.apply(qkv, cos, sin, self.interleaved)
-        q, k, v = (linear(x).view(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        return _Rotate.apply(q, cos, sin, self.interleaved), _Rotate.apply(k, cos, sin, self.interleaved), v
+            q, k, v = _SplitRotate.apply(qkv, cos, sin, self.interleaved)  # type: ignore[no-untyped-call] # untyped in torch
+        else:
+            q, k, v = (linear(x).view(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+            q = _Rotate.apply(q, cos, sin, self.interleaved)  # type: ignore[no-untyped-call] # untyped in torch
+            k = _Rotate.apply(k, cos, sin, self.interleaved)  # type: ignore[no-untyped-call] # untyped in torch
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -207,6 +211,6 @@ class Mlp(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        wide = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        y: Tensor = self.down(wide)
+        return y

@@ -160,4 +160,5 @@ def read_beside(file: Path) -> dict[str, Any]:
     """A tokenizer's further file, an object; empty where there is no such file. Raises `TokenizerError`."""
     if not file.is_file():
         return {}
-    return read_json(file, {}, TokenizerError, "copy it again from where the tokenizer is from")
+    beside: dict[str, Any] = read_json(file, {}, TokenizerError, "copy it again from where the tokenizer is from")
+    return beside

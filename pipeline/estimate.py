@@ -35,12 +35,16 @@ class Tracker(TorchDispatchMode):
     """Counts the bytes of all tensors that are made in it, until they are gone: `now`, and the `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # untyped in torch
         self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref] = {}
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operation gives
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):

@@ -47,4 +47,5 @@ class Recompute:
         more: dict[str, Any] = {}
         if self.mode == "selective":
             more["context_fn"] = partial(create_selective_checkpoint_contexts, self._kept)
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **more)
+        y: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **more)
+        return y

@@ -73,7 +73,8 @@ class Stage(nn.Module):
         """Seeds in the very function that may run again in the backward: the masks are then the same."""
         if self._dropout and self.training:
             torch.manual_seed(seed % 2**63)  # the most that it takes
-        return layer(x, documents) if isinstance(layer, Block) else layer(x)
+        y: Tensor = layer(x, documents) if isinstance(layer, Block) else layer(x)
+        return y
 
     def tensors(self) -> Iterator[StageTensor]:
         """Every parameter once: a head that shares the embedding of this very stage brings nothing of its own."""

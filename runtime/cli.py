@@ -11,7 +11,8 @@ from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
-from .flags.config import Config, ConfigError, read
+from .flags.config import Config, read
+from .flags.errors import ConfigError
 from .flags.validation import problems_of
 
 log = logging.getLogger("farspan")
@@ -36,9 +37,9 @@ class _Reader:
     def flush(self) -> None:
         self._if_read(self._stream.flush)
 
-    def _if_read(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the stream gives
+    def _if_read(self, work: Callable[[], int | None]) -> int:
         try:
-            return work()
+            return work() or 0
         except OSError:
             self._stream = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
             return 0

@@ -32,12 +32,14 @@ from ..pipeline.simulate import PlanError
 from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
 from ..pipeline.warmup import warm_up
-from .checkpoints.checkpoint import CheckpointError, Checkpoints, Complete, Progress, folder_of
+from .checkpoints.checkpoint import Checkpoints, Complete, Progress
+from .checkpoints.lineage import CheckpointError, folder_of
 from .checkpoints.retention import ALL
 from .data.mixture import DataError
 from .data.open_tasks import open_tasks
 from .data.workers import WorkerLost
-from .flags.config import Config, ConfigError
+from .flags.config import Config
+from .flags.errors import ConfigError
 from .flags.launcher import port_advice
 from .observe.backends import check_backends
 from .observe.metrics import Metrics

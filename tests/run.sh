@@ -12,10 +12,7 @@ else
     echo "1 of 2: ruff and the type checker, one minute"
     ruff check .
     ruff format --check .
-    # mypy names modules by folder: a link called farspan gives the checkout its package name, whatever it is called.
-    mkdir -p .venv/types && ln -sfn "$PWD" .venv/types/farspan
-    (cd .venv/types && mypy --config-file farspan/pyproject.toml --cache-dir farspan/.mypy_cache \
-        -p farspan.comm -p farspan.modules -p farspan.pipeline -p farspan.runtime -p farspan.converters)
+    bash tests/types.sh
     echo "2 of 2: the tests: all of them take some 15 minutes on 2 idle cores. A dot is a test; how far it is stands at the right"
 fi
 # Two files of tests at a time: much of what they do is to wait for deadlines.

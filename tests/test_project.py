@@ -36,6 +36,16 @@ def test_its_types_can_be_used_by_others() -> None:
     assert (REPO / "py.typed").is_file()
 
 
+def test_all_types_are_checked_strictly_and_in_one_place() -> None:
+    assert PROJECT["tool"]["mypy"]["strict"] is True
+    loosened = {"disallow_", "check_untyped", "disable_error_code", "ignore_errors"}
+    options = [PROJECT["tool"]["mypy"], *PROJECT["tool"]["mypy"]["overrides"]]
+    assert not [key for table in options for key in table if any(key.startswith(start) for start in loosened)]
+    run = (REPO / "tests/run.sh").read_text()
+    assert "bash tests/types.sh" in run
+    assert "mypy" not in run
+
+
 def test_hooks_fetch_nothing() -> None:
     config = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())
     assert {repo["repo"] for repo in config["repos"]} == {"local"}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store, Work
 
 from ..errors import InterfaceError, LinkTimeout, PeerLost, WireError
 from ..lanes.staging import placed
@@ -148,7 +148,7 @@ class GlooGroup:
         # A group that is alive when the interpreter ends sometimes aborts the process.
         self._pg.shutdown()
 
-    def _run(self, start: Callable, peer: int | None, timeout_s: float, operation: str) -> None:
+    def _run(self, start: Callable[[], Work], peer: int | None, timeout_s: float, operation: str) -> None:
         with self._errors(f"{operation} in group {self.name}", peer):
             start().wait(timedelta(seconds=timeout_s))
 

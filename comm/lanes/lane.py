@@ -65,7 +65,7 @@ class ThreadLane:
         record: Recorder | None = None,
     ) -> None:
         self.name, self._check, self._on_error, self._record = name, check, on_error, record
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], str, Ticket] | None] = queue.SimpleQueue()
         # A daemon, since a thread that is stuck in the wire must not keep a failed process alive.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()

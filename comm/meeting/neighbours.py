@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("farspan")
 
@@ -149,7 +150,7 @@ def _descriptors() -> list[int]:
     return [int(name) for name in os.listdir(folder)] if hasattr(socket, "TCP_INFO") and os.path.isdir(folder) else []
 
 
-def endpoint(address: tuple) -> str:
+def endpoint(address: tuple[Any, ...]) -> str:
     """A socket's address as host:port, the same on both ends."""
     host = ip_address(address[0].split("%")[0])
     plain = getattr(host, "ipv4_mapped", None) or host

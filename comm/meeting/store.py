@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import Store
 
@@ -265,9 +266,10 @@ class StoreClient(Store):
         return True  # that is, `multi_get`: one question for all members of a group
 
     @property
-    def peer(self) -> tuple:
+    def peer(self) -> tuple[Any, ...]:
         """The store's address, as this connection has it."""
-        return self._socket.getpeername()
+        address: tuple[Any, ...] = self._socket.getpeername()
+        return address
 
     def wait_while(self, patient: Callable[[float], bool], look_s: float) -> None:
         """From now on, an answer is waited for as long as `patient(seconds it is overdue)`, asked every `look_s`, is

@@ -50,7 +50,7 @@ class StoreServer:
         self._values: dict[str, bytes] = {}
         self._awaited: dict[str, list[asyncio.Future[None]]] = {}
         self._taken: Counter[tuple[str, ...]] = Counter()
-        self._unproven: dict[asyncio.Task, str] = {}  # oldest first
+        self._unproven: dict[asyncio.Task[None], str] = {}  # oldest first
         self._refused = 0
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listening = socket.create_server((address, port), family=family, backlog=1024)
@@ -110,7 +110,7 @@ class StoreServer:
         self._refused = 0
 
     async def _serve(self, who: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        waiting: set[asyncio.Task] = set()
+        waiting: set[asyncio.Task[None]] = set()
         rank, beats = None, False
         this = asyncio.current_task()
         assert this is not None

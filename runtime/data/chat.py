@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..flags.config import ConfigError
+from ..flags.errors import ConfigError
 from .recipe import Fault, Span
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ChatRender:
 
     def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
         try:
-            made: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            made = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # templates raise what they like, to refuse an order of roles
             raise Fault(f"the chat template refuses it: {error}") from error
-        return made
+        return cast(str, made)  # as it is without `tokenize`

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...modules.sentencepiece import TokenizerError, read_model
-from ..flags.config import ConfigError
+from ..flags.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ...modules.urls import url_fault
-from ..flags.config import Config, ConfigError, dash, flag_options
+from ..flags.config import Config, dash, flag_options
+from ..flags.errors import ConfigError
 from ..flags.validation import PATHS
 from .first_rows import recognised, try_rows
 from .mixture import SHOWN, unusable
@@ -24,6 +25,7 @@ from .recipe import Block
 from .sources.pretokenized import TokenWriter, is_pretokenized
 from .task_spec import DataError
 from .tokenizer import Vocabulary
+from .workers import Pending
 
 FLAGS = (
     "task_name", "task_config", "tokenizer_name", "data_cache", "document_separator", "bos", "eos", "special_tokens",
@@ -98,7 +100,7 @@ def preprocess(config: Config, output: Path) -> tuple[int, int, int]:
     bad = 0
 
     def blocks() -> Iterator[tuple[np.ndarray, Block]]:
-        coming: deque = deque()
+        coming: deque[tuple[np.ndarray, Pending]] = deque()
         for start in range(0, source.rows, BATCH):
             numbers = np.arange(start, min(start + BATCH, source.rows))
             coming.append((numbers, pool.submit(0, source.read(numbers))))

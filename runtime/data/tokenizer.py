@@ -14,7 +14,8 @@ import numpy as np
 
 from ...modules.json_file import read_json
 from ...modules.sentencepiece import TokenizerError, read_beside
-from ..flags.config import Config, ConfigError
+from ..flags.config import Config
+from ..flags.errors import ConfigError
 from .chat import NAMED, ChatRender, find_chat, use_chat
 from .load_tokenizer import load
 from .recipe import BackendEncoder, Encoded, Encoder, Frame, Recipe
@@ -171,9 +172,8 @@ def special_tokens(file: str) -> list[str]:
     if not file:
         return []
     expected = 'it must hold {"tokens": ["<…>", …]}'
-    tokens = read_json(Path(file), {"tokens": [str]}, lambda line: ConfigError(f"--special-tokens {line}"), expected)[
-        "tokens"
-    ]
+    content = read_json(Path(file), {"tokens": [str]}, lambda line: ConfigError(f"--special-tokens {line}"), expected)
+    tokens: list[str] = content["tokens"]
     if not tokens or "" in tokens:
         raise ConfigError(f"--special-tokens {file} names no token, or one that is empty; {expected}")
     if len(set(tokens)) < len(tokens):

@@ -369,7 +369,7 @@ def parser() -> argparse.ArgumentParser:
         "                     --dist-url tcp://HOST:PORT --rank R [flags]",
         description="Fine-tune a GPT-J, GPT-NeoX or Llama model. Start one process a GPU, each with its own --rank.",
         epilog="Defaults stand in brackets. What torchrun, srun or mpirun says in the environment need not be said. "
-        "README.md has examples.",
+        "docs/first-run.md and docs/training.md have examples.",
         allow_abbrev=False,
         exit_on_error=False,
     )

@@ -8,7 +8,8 @@ from dataclasses import fields
 from math import isfinite
 
 from ...modules.urls import url_fault
-from .config import LOG_BACKENDS, Config, ConfigError, dash
+from .config import LOG_BACKENDS, Config, dash
+from .errors import ConfigError
 
 PATHS = (
     "checkpoint_path", "model_name", "tokenizer_name", "task_config", "data_cache", "special_tokens", "chat_template",

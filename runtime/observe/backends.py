@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, Protocol
 
-from ..flags.config import Config, ConfigError
+from ..flags.config import Config
+from ..flags.errors import ConfigError
 
 
 class Backend(Protocol):

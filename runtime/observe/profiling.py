@@ -73,7 +73,8 @@ class Profile:
             draw_step(ranks, folder / "step.png")
 
     def _read_clock(self) -> ClockReading:
-        return self._collectives.submit(lambda: read_clock(self._world, self._timeout_s)).get()
+        reading: ClockReading = self._collectives.submit(lambda: read_clock(self._world, self._timeout_s)).get()
+        return reading
 
 
 def _gather(world: Group | None, mine: RankSpans, timeout_s: float) -> list[RankSpans]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...modules.layers import decayed_names
 from ...pipeline.gradients import Gradients, square_sum
 from ...pipeline.stage import Stage
-from ..flags.config import Config, ConfigError
+from ..flags.config import Config
+from ..flags.errors import ConfigError
 
 _BYTES_PER_MB = 1_000_000
 
@@ -222,7 +223,7 @@ _SMALLEST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller ten
 _BLOCK = 256  # elements that share a scale
 
 
-def _make(groups: list[dict], config: Config) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
+def _make(groups: list[dict[str, Any]], config: Config) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
     """The optimizer with its state in place, so that a checkpoint before the first update is like any other; and the
     names of its moments."""
     common = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}

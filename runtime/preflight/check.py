@@ -181,14 +181,14 @@ def memory_problems(ranks: Sequence[dict[str, Any]]) -> list[str]:
             who = ", ".join(str(rank) for rank, _, _ in members)
             problems.append(
                 f"rank {who}: {need / 2**30:.1f} GiB will be needed of {pool.split(' ')[0]} and {free / 2**30:.1f} GiB "
-                "are free: see 'When memory is short' in README.md"
+                "are free: see 'When memory is short' in docs/training.md"
             )
     return problems
 
 
 def free_host_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its container where that has a limit."""
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))

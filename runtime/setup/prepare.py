@@ -26,12 +26,14 @@ from ...modules.spec import ModelSpec, SpecError
 from ...pipeline.schedule import Plan, forward_only, gpipe, lower, one_f_one_b
 from ...pipeline.simulate import Costs, simulate, validate
 from ...pipeline.stage import Stage
-from ..checkpoints.checkpoint import CheckpointError, Checkpoints, Progress, folder_of, load_weights, read_progress
+from ..checkpoints.checkpoint import Checkpoints, Progress, load_weights, read_progress
+from ..checkpoints.lineage import CheckpointError, folder_of
 from ..checkpoints.retention import checkpoint_steps
 from ..data.continuity import flag_of_tokens
 from ..data.mixture import TaskMixture
 from ..data.tokenizer import Vocabulary
-from ..flags.config import Config, ConfigError
+from ..flags.config import Config
+from ..flags.errors import ConfigError
 from ..flags.launcher import local_rank
 from ..flags.validation import validate_length
 from ..optim.optimizer import Optimizer

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...modules.shards import ShardStore
-from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.lineage import CheckpointError
 from ..flags.config import Config
 
 
