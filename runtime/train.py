@@ -9,70 +9,48 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
-import torch
 from torch import Tensor
 
 from ..comm.errors import InterfaceError, Occupied, Stopped, WireError, line_of
 from ..comm.meeting.rendezvous import Rendezvous
-from ..comm.topology import Topology
-from ..modules.checksums import checksum
 from ..modules.shards import ShardError
-from ..modules.spec import ModelSpec, SpecError
+from ..modules.spec import SpecError
 from ..pipeline.executor import Executor
 from ..pipeline.partition import PartitionError, stage_units
 from ..pipeline.replicas import Replicas
-from ..pipeline.schedule import lower
+from ..pipeline.schedule import Plan, lower
 from ..pipeline.simulate import PlanError
-from ..pipeline.stage import Stage
 from ..pipeline.timeline import Meter, Timeline
 from ..pipeline.warmup import warm_up
 from .checkpoints.checkpoint import Checkpoints, Complete, Progress
 from .checkpoints.lineage import CheckpointError, folder_of
 from .checkpoints.retention import ALL
 from .data.mixture import DataError
-from .data.open_tasks import open_tasks
 from .data.workers import WorkerLost
 from .flags.config import Config
 from .flags.errors import ConfigError
 from .flags.launcher import port_advice
-from .observe.backends import check_backends
 from .observe.metrics import Metrics
 from .observe.profiling import Profile
 from .observe.torch_profile import TorchProfile
 from .observe.usage import Usage
-from .optim.optimizer import Optimizer
-from .optim.precision import LossScaler, compute_dtype
+from .optim.precision import LossScaler
 from .preflight.check import CheckFailed, check
+from .setup.load import Loaded, load
 from .setup.network import Network, find_network
-from .setup.notices import notices
-from .setup.prepare import (
-    allow_descriptors,
-    check_model,
-    describe,
-    fill,
-    keep_freed_memory,
-    make_evaluation_plan,
-    make_plan,
-    open_model,
-    open_vocabulary,
-    pick_device,
-    same_weights,
-    settle,
-    shake_hands,
-    share_threads,
-)
-from .setup.split import layer_split, told
-from .setup.wiring import connect
-from .training.as_test import export, shortened
-from .training.evaluation import Evaluation, open_held_out
+from .setup.prepare import allow_descriptors, describe, make_evaluation_plan
+from .setup.set_up import Setup, set_up
+from .setup.wiring import Wires, connect
+from .training.as_test import export
+from .training.evaluation import Evaluation
 from .training.feed import Feed
-from .training.milestones import compared_on, enough, perplexity
+from .training.milestones import enough, perplexity
 from .training.show_data import ShowData
 from .training.trainer import STOPPED, Diverged, Trainer, Vote
 
@@ -227,129 +205,25 @@ def leave(line: str) -> None:
 def train(config: Config, meeting: Rendezvous, signals: Signals, network: Network) -> int:
     """Everything between the meeting of the ranks and their parting. Returns the exit status."""
     born = psutil.Process().create_time()
-    topology = Topology(config.data_group_size, config.pipeline_group_size)
-    place = topology.coord(config.rank)
-    store, spec = open_model(config)
-    check_model(config, spec)
-    split = layer_split(config, spec)
-    plan = make_plan(config)
-    shake_hands(meeting, config, spec)
-    if config.rank == 0 and topology.stages > 1:
-        log.info(told(config, spec, split))
-    if config.as_test:
-        config = shortened(config)
-    device = pick_device(config, network)
-    for line in notices(config, device.type) if config.rank == 0 else ():
-        log.warning("%s", line)
-    threads = share_threads(meeting)
-    keep_freed_memory()
-    units = stage_units(split, place.stage)
-    log.info(
-        "rank %d: replica %d, stage %d of %d, %s, on %s%s, interface %s",
-        config.rank, place.replica, place.stage, topology.stages, describe(units, spec), device, threads, network,
-    )  # fmt: skip
-
-    if config.rank == 0:
-        check_backends(config)
-    vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
-    # Only rank 0 has the tokenizer, and every rank must know how many tokens --special-tokens make it.
-    spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
-    # Before the weights: mistakes in the data are the most frequent ones, and a large model takes minutes to load.
-    mixture = open_tasks(config, vocabulary) if vocabulary else None
-    held_out = open_held_out(config, topology, vocabulary) if vocabulary is not None else None
-    dtype = compute_dtype(config)
-    stage = Stage(spec, units, dtype=dtype, device=device, recompute=config.recompute)
-    optimizer = Optimizer(stage, config, place.replica)
-    checkpoints = Checkpoints(config.checkpoints, meeting, topology, config.wire_timeout, config.keep_checkpoints)
-    progress = fill(config, spec, store, stage, optimizer, checkpoints)
-    if mixture is not None and progress.data is not None:
-        mixture.load_state(progress.data)
-    config, progress = settle(config, progress, mixture, meeting)
-    # Connecting waits in a call that no news can interrupt: first let everyone get as far as this.
-    facts = (*held_out.size, held_out.digest) if held_out is not None else None
-    sums = {tensor.hf_name: checksum(tensor.parameter) for tensor in optimizer.tensors}
-    ranks = meeting.exchange("loaded", {"held out": facts, "weights": sums}, config.wire_timeout)
-    same_weights([rank["weights"] for rank in ranks])
-    facts = ranks[0]["held out"]
-    if facts is not None:
-        progress = compared_on(progress, facts[2])
-    if reason := enough(config, progress):
+    setup, loaded = load(set_up(config, meeting, network))
+    config, progress = setup.config, loaded.progress
+    if line := _nothing_to_do(config, progress):
         if config.rank == 0:
-            log.info("%s: nothing to do: %s", folder_of(config.checkpoints, progress.step), reason)
-        return 0
-    if progress.step >= config.total_steps:
-        if config.rank == 0:
-            log.info(
-                "%s is at or past --total-steps %d: nothing to do",
-                folder_of(config.checkpoints, progress.step), config.total_steps,
-            )  # fmt: skip
+            log.info("%s", line)
         return 0
 
     if "nccl" in (config.pp_library, config.dp_library):
         rows, length = config.micro_batch_size, config.seq_length
-        warm_up(stage, optimizer.gradients, rows, length, documents=config.document_mask)
+        warm_up(loaded.stage, loaded.optimizer.gradients, rows, length, documents=config.document_mask)
     meter = Meter(Timeline() if config.profiling == "tidy_profiling" else None)
-    record = meter.record
-    wires = connect(config, topology, meeting, network, spec.tied, device, record)
-    profile = None
-    if meter.timeline is not None:
-        profile = Profile(
-            meter.timeline, wires.world, wires.collectives, wires.lanes, topology, config.rank, config.wire_timeout
-        )
-    tied = optimizer.tied_gradient
-    replicas = Replicas(
-        optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout, sharded=optimizer.sharded
-    )
-
-    def complete(index: int, x: Tensor) -> None:
-        wires.collectives.submit(lambda: replicas.complete(index, x)).get()
-
-    metrics = Metrics(config, progress.step) if config.rank == 0 else None
-    show = ShowData(vocabulary.decode, config.show_data) if vocabulary is not None else None
-    feed = Feed(config, topology, wires.ends, config.updates - progress.updates, mixture, wires.data, show)
-    torchs = None
+    wires = connect(config, setup.topology, meeting, network, setup.spec.tied, setup.device, meter.record)
+    trace = _trace(setup, wires, meter)
+    torch_profile = None
     if config.profiling == "pytorch_profiling" and config.rank == 0:
-        torchs = TorchProfile(config.checkpoints / "traces", device, config.updates - progress.updates)
-    tokenizer, generation = Path(config.tokenizer_name or config.model_name), Path(config.model_name)
-    vote = Vote(wires.world, wires.collectives, config.wire_timeout)
-    evaluation = None
-    if facts is not None:
-        row = lower(make_evaluation_plan(config))[place.stage]
-        executor = Executor(stage, row, wires.edges, config.micro_batch_size, config.seq_length, record)
-        evaluation = Evaluation(config, topology, wires.ends, wires.data, executor, vote, facts[:2], held_out)
-    if vocabulary is not None:
-        tokenizer = vocabulary.files(config.checkpoints / "tokenizer")
-        generation = vocabulary.generation(generation, tokenizer)
-    trainer = Trainer(
-        config,
-        topology,
-        place,
-        Executor(stage, lower(plan)[place.stage], wires.edges, config.micro_batch_size, config.seq_length, record),
-        optimizer,
-        replicas,
-        vote,
-        wires.collectives,
-        feed,
-        save=lambda p: _save(
-            p,
-            checkpoints,
-            spec,
-            optimizer,
-            dtype,
-            generation,
-            tokenizer,
-            config.rank,
-            complete if optimizer.sharded else None,
-        ),
-        stopping=lambda: signals.asked,
-        metrics=metrics,
-        borrowed=tied if not stage.is_first else None,
-        record=record,
-        evaluate=evaluation.loss if evaluation is not None else None,
-        scaler=LossScaler.of(config, progress.scaler),
-        usage=Usage(meter, device, topology),
-        profiled=torchs.step if torchs is not None else None,
-    )
+        updates = config.updates - progress.updates
+        torch_profile = TorchProfile(config.checkpoints / "traces", setup.device, updates)
+    trainer = assemble(setup, loaded, wires, meter, signals, torch_profile)
+
     if config.rank == 0:
         if config.keep_checkpoints != ALL:
             log.info(
@@ -365,57 +239,120 @@ def train(config: Config, meeting: Rendezvous, signals: Signals, network: Networ
             f"all {progress.updates} updates overflowed and were skipped: the weights are what they were. Try a lower "
             "--initial-loss-scale (or --loss-scale)"
         )
-    feed.close()
-    if torchs is not None:
-        torchs.close()
-    if profile is not None:
+
+    trainer.feed.close()
+    if torch_profile is not None:
+        torch_profile.close()
+    if trace is not None:
         trainer.executor.watch.settle()
-        profile.write(config.checkpoints / "traces")
-    if mixture is not None:
-        mixture.close()
+        trace.write(config.checkpoints / "traces")
+    if loaded.mixture is not None:
+        loaded.mixture.close()
     wires.close()
-    parts = _parts(checkpoints, topology, split, spec)
-    if metrics is not None:
-        metrics.close()
-        _summary(progress, early, metrics, config, parts)
+    parts = _parts(setup, loaded.checkpoints)
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+        _summary(progress, early, trainer.metrics, config, parts)
     if config.as_test and not early:
         _end_test(progress, config, meeting, parts)
     return RESUMABLE if early == STOPPED else 0
 
 
+def _nothing_to_do(config: Config, progress: Progress) -> str:
+    """Why the run is over before it begins, or ""."""
+    folder = folder_of(config.checkpoints, progress.step)
+    if reason := enough(config, progress):
+        return f"{folder}: nothing to do: {reason}"
+    if progress.step >= config.total_steps:
+        return f"{folder} is at or past --total-steps {config.total_steps}: nothing to do"
+    return ""
+
+
+def _trace(setup: Setup, wires: Wires, meter: Meter) -> Profile | None:
+    """--profiling tidy_profiling: all ranks compare their clocks here."""
+    if meter.timeline is None:
+        return None
+    config, topology = setup.config, setup.topology
+    world, collectives, lanes = wires.world, wires.collectives, wires.lanes
+    return Profile(meter.timeline, world, collectives, lanes, topology, config.rank, config.wire_timeout)
+
+
+def assemble(
+    setup: Setup, loaded: Loaded, wires: Wires, meter: Meter, signals: Signals, torch_profile: TorchProfile | None
+) -> Trainer:
+    """The trainer of a rank that has loaded and connected all."""
+    config, topology, place, vocabulary = setup.config, setup.topology, setup.place, setup.vocabulary
+    stage, optimizer, progress = loaded.stage, loaded.optimizer, loaded.progress
+    tied, sharded = optimizer.tied_gradient, optimizer.sharded
+    replicas = Replicas(optimizer.gradients, wires.peers, wires.tie, tied, config.wire_timeout, sharded=sharded)
+    vote = Vote(wires.world, wires.collectives, config.wire_timeout)
+
+    def executor(plan: Plan) -> Executor:
+        row, rows, length = lower(plan)[place.stage], config.micro_batch_size, config.seq_length
+        return Executor(stage, row, wires.edges, rows, length, meter.record)
+
+    def complete(index: int, x: Tensor) -> None:
+        wires.collectives.submit(lambda: replicas.complete(index, x)).get()
+
+    metrics = Metrics(config, progress.step) if config.rank == 0 else None
+    show = ShowData(vocabulary.decode, config.show_data) if vocabulary is not None else None
+    evaluation = None
+    if (size := loaded.held_out_size) is not None:
+        walk = executor(make_evaluation_plan(config))
+        evaluation = Evaluation(config, topology, wires.ends, wires.data, walk, vote, size, loaded.held_out)
+    tokenizer, generation = Path(config.tokenizer_name or config.model_name), Path(config.model_name)
+    if vocabulary is not None:
+        tokenizer = vocabulary.files(config.checkpoints / "tokenizer")
+        generation = vocabulary.generation(generation, tokenizer)
+    return Trainer(
+        config,
+        topology,
+        place,
+        executor(setup.plan),
+        optimizer,
+        replicas,
+        vote,
+        wires.collectives,
+        Feed(config, topology, wires.ends, config.updates - progress.updates, loaded.mixture, wires.data, show),
+        save=partial(_save, setup, loaded, generation, tokenizer, complete if sharded else None),
+        stopping=lambda: signals.asked,
+        metrics=metrics,
+        borrowed=tied if not stage.is_first else None,
+        record=meter.record,
+        evaluate=evaluation.loss if evaluation is not None else None,
+        scaler=LossScaler.of(config, progress.scaler),
+        usage=Usage(meter, setup.device, topology),
+        profiled=torch_profile.step if torch_profile is not None else None,
+    )
+
+
 def _save(
-    progress: Progress,
-    checkpoints: Checkpoints,
-    spec: ModelSpec,
-    optimizer: Optimizer,
-    dtype: torch.dtype,
-    generation: Path,
-    tokenizer: Path,
-    rank: int,
-    complete: Complete | None,
+    setup: Setup, loaded: Loaded, generation: Path, tokenizer: Path, complete: Complete | None, progress: Progress
 ) -> None:
+    optimizer = loaded.optimizer
     if (bad := optimizer.not_finite()) is not None:
         raise Diverged(
             f"after update {progress.updates} the weights are no longer finite ({bad}), and are not saved: try a lower "
             "--lr, from the latest checkpoint on if there is one"
         )
-    folder = checkpoints.save(progress, spec, optimizer, dtype, generation, tokenizer, complete)
-    if rank == 0:
+    folder = loaded.checkpoints.save(progress, setup.spec, optimizer, setup.dtype, generation, tokenizer, complete)
+    if setup.config.rank == 0:
         log.info("saved %s", folder)
 
 
-def _parts(checkpoints: Checkpoints, topology: Topology, split: Sequence[int], spec: ModelSpec) -> str:
+def _parts(setup: Setup, checkpoints: Checkpoints) -> str:
     """Where ranks do not share a file system: what this site's folder holds, who has the rest, what brings it together
     ("STEP" stands for a step); else ""."""
     elsewhere = checkpoints.elsewhere()
     if not elsewhere:
         return ""
-    here = sorted({topology.coord(rank).stage for rank in checkpoints.site})
-    own = ", ".join(describe(stage_units(split, stage), spec) for stage in here)
-    rest = "; ".join(
-        f"rank {rank}, {place}: {describe(stage_units(split, topology.coord(rank).stage), spec)}"
-        for rank, place in elsewhere.items()
-    )
+    topology = setup.topology
+
+    def held(stage: int) -> str:
+        return describe(stage_units(setup.split, stage), setup.spec)
+
+    own = ", ".join(map(held, sorted({topology.coord(rank).stage for rank in checkpoints.site})))
+    rest = "; ".join(f"rank {rank}, {place}: {held(topology.coord(rank).stage)}" for rank, place in elsewhere.items())
     folders = " ".join(f"{place}/checkpoint_STEP" for place in dict.fromkeys(elsewhere.values()))
     return (
         f"that folder holds {own} alone. The rest: {rest}. To bring them together: python converters/assemble.py "

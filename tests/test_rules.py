@@ -35,7 +35,7 @@ INNER_ROOMS: dict[str, tuple[str, ...]] = {
     "runtime/checkpoints": ("flags", "data", "optim"),
     "runtime/observe": ("flags",),
     "runtime/training": ("flags", "data", "optim", "checkpoints", "observe"),
-    "runtime/setup": ("flags", "data", "optim", "checkpoints", "training"),
+    "runtime/setup": ("flags", "data", "optim", "checkpoints", "observe", "training"),
     "runtime/preflight": ("flags", "data", "optim", "checkpoints", "observe", "setup"),
 }
 BASES = {"comm": ("errors", "topology")}

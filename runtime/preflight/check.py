@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,16 @@ import torch
 from ...comm.meeting.rendezvous import Rendezvous
 from ...comm.meeting.verify import host_here, network_here
 from ...comm.probe import EdgeFigures
-from ...comm.topology import Topology
 from ...modules.checksums import SUMS, read_sums, sha256
 from ...modules.layers import unit_elements
 from ...modules.shards import ShardError, ShardStore
-from ...modules.spec import ModelSpec
 from ...pipeline.estimate import estimate
-from ...pipeline.partition import stage_units
-from ...pipeline.schedule import Plan
 from ...pipeline.simulate import Costs, Wire
 from ...pipeline.step_time import StepTime, Sum, step_time
 from ..flags.config import Config
-from ..observe.backends import check_backends
-from ..optim.precision import compute_dtype
 from ..setup.network import Network
-from ..setup.notices import notices
-from ..setup.prepare import (
-    check_model,
-    describe,
-    first_difference,
-    keep_freed_memory,
-    make_plan,
-    open_model,
-    open_vocabulary,
-    pick_device,
-    shake_hands,
-    share_threads,
-)
-from ..setup.split import layer_split
+from ..setup.prepare import describe, first_difference
+from ..setup.set_up import Setup, set_up
 from ..setup.wiring import Wires, connect
 from .better_split import better_split
 from .measure import Edge, LayerSeconds, edges_of, in_rounds, measure_edges, measure_layers, measure_sum
@@ -70,26 +53,12 @@ class Files:
 
 def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     """Raises `CheckFailed`, on all ranks, unless the run can be started; rank 0 has printed its findings by then."""
-    topology = Topology(config.data_group_size, config.pipeline_group_size)
-    place = topology.coord(config.rank)
-    store, spec = open_model(config)
-    check_model(config, spec)
-    split = layer_split(config, spec)
-    plan = make_plan(config)
-    shake_hands(meeting, config, spec)
-    device, dtype = pick_device(config, network), compute_dtype(config)
-    for line in notices(config, device.type) if config.rank == 0 else ():
-        log.warning("%s", line)
-    share_threads(meeting)
-    keep_freed_memory()
-    if config.rank == 0:
-        check_backends(config)
-    vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None
-    spec = spec.grown(meeting.exchange("tokens", vocabulary.size if vocabulary else 0, config.wire_timeout)[0])
-    units = stage_units(split, place.stage)
+    setup = set_up(config, meeting, network)
+    spec, units, plan, device, dtype = setup.spec, setup.units, setup.plan, setup.device, setup.dtype
+    topology, place = setup.topology, setup.place
     if config.rank == 0:
         log.info("--check: reading weights, planning memory")
-    files = look_at_files(store, units) if store is not None else Files(0, 0, {}, True, [])
+    files = look_at_files(setup.store, units) if setup.store is not None else Files(0, 0, {}, True, [])
     need = estimate(
         spec, units, plan[place.stage], rows=config.micro_batch_size, length=config.seq_length, dtype=dtype,
         device=device, recompute=config.recompute, optimizer=config.optimizer_kind, offload=config.use_offload,
@@ -113,9 +82,9 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
         log.info("--check: measuring the network")
     edges = list(edges_of(config, topology, plan, message))
     rounds = in_rounds(edges, [rank["network"] for rank in ranks])
-    found = measure_network(config, topology, wires, meeting, rounds)
-    found["sums"] = asdict(_sums(config, spec, units, wires, topology, place.stage))
-    found["tie"], found["vote"] = _tie_and_vote(config, spec, wires, topology)
+    found = measure_network(setup, wires, rounds)
+    found["sums"] = asdict(_sums(setup, wires))
+    found["tie"], found["vote"] = _tie_and_vote(setup, wires)
     if not problems:
         if config.rank == 0:
             log.info("--check: measuring layers")
@@ -128,10 +97,8 @@ def check(config: Config, meeting: Rendezvous, network: Network) -> None:
     figures = [(Edge(**edge), EdgeFigures(**seen)) for each in all_found for edge, seen in each["edges"]]
     step, better = None, ""
     if not problems:
-        step = simulated(config, topology, plan, figures, all_found)
-        better = better_split(
-            spec, topology, split, all_found, lambda found: simulated(config, topology, plan, figures, found)
-        )
+        step = simulated(setup, figures, all_found)
+        better = better_split(spec, topology, setup.split, all_found, partial(simulated, setup, figures))
     if config.rank == 0:
         sys.stdout.write(report(config, topology, ranks, figures, all_found, step, problems, better))
         sys.stdout.flush()
@@ -203,54 +170,48 @@ def gpu_pool(device: torch.device) -> str:
     return f"{os.uname().nodename}:{device} {torch.cuda.get_device_properties(device).uuid}"
 
 
-def measure_network(
-    config: Config, topology: Topology, wires: Wires, meeting: Rendezvous, rounds: Sequence[Sequence[Edge]]
-) -> dict[str, Any]:
+def measure_network(setup: Setup, wires: Wires, rounds: Sequence[Sequence[Edge]]) -> dict[str, Any]:
     if wires.world is None:
         return {"edges": []}
-    found = measure_edges(rounds, wires.groups, wires.world, meeting, config.wire_timeout)
+    found = measure_edges(rounds, wires.groups, wires.world, setup.meeting, setup.config.wire_timeout)
     return {"edges": [(asdict(edge), asdict(figures)) for edge, figures in found]}
 
 
-def _sums(config: Config, spec: ModelSpec, units: range, wires: Wires, topology: Topology, own_stage: int) -> Sum:
+def _sums(setup: Setup, wires: Wires) -> Sum:
     """What this stage's gradients take over replicas; one stage after the other."""
-    found = Sum()
-    for stage in range(topology.stages if wires.peers is not None else 0):
+    config, found = setup.config, Sum()
+    for stage in range(setup.topology.stages if wires.peers is not None else 0):
         assert wires.world is not None
         wires.world.barrier(timeout_s=config.wire_timeout)
-        if stage != own_stage or wires.peers is None:
+        if stage != setup.place.stage or wires.peers is None:
             continue
         sharded = config.dp_mode == "zero1"
-        elements = sum(unit_elements(spec, unit) for unit in units)
+        elements = sum(unit_elements(setup.spec, unit) for unit in setup.units)
         most = min(int(config.bucket_mb * 1e6 / 4), elements)
         how = "reduce_scatter" if sharded else "all_reduce"
         full = measure_sum(wires.peers, most, config.wire_timeout, how)
         spread = measure_sum(wires.peers, most, config.wire_timeout, "all_gather") if sharded else 0.0
         count = elements / most
         buckets = (full * (count % 1),) * (count % 1 > 0) + (full,) * int(count)
-        found = Sum(buckets, spread * count * compute_dtype(config).itemsize / 4)
+        found = Sum(buckets, spread * count * setup.dtype.itemsize / 4)
     return found
 
 
-def _tie_and_vote(config: Config, spec: ModelSpec, wires: Wires, topology: Topology) -> tuple[float, float]:
+def _tie_and_vote(setup: Setup, wires: Wires) -> tuple[float, float]:
+    spec, timeout_s = setup.spec, setup.config.wire_timeout
     tie = vote = 0.0
     if wires.world is None:
         return tie, vote
-    wires.world.barrier(timeout_s=config.wire_timeout)
+    wires.world.barrier(timeout_s=timeout_s)
     if wires.tie is not None:
-        tie = measure_sum(wires.tie, spec.vocab * spec.width, config.wire_timeout)
-    wires.world.barrier(timeout_s=config.wire_timeout)
-    return tie, measure_sum(wires.world, 16 * topology.world, config.wire_timeout)
+        tie = measure_sum(wires.tie, spec.vocab * spec.width, timeout_s)
+    wires.world.barrier(timeout_s=timeout_s)
+    return tie, measure_sum(wires.world, 16 * setup.topology.world, timeout_s)
 
 
-def simulated(
-    config: Config,
-    topology: Topology,
-    plan: Plan,
-    figures: Sequence[tuple[Edge, EdgeFigures]],
-    found: Sequence[dict[str, Any]],
-) -> StepTime:
+def simulated(setup: Setup, figures: Sequence[tuple[Edge, EdgeFigures]], found: Sequence[dict[str, Any]]) -> StepTime:
     """One update of a run, from what was measured."""
+    config, topology = setup.config, setup.topology
     layers = [LayerSeconds(**each["layers"]) for each in found]
     costs = []
     for replica in range(topology.replicas):
@@ -269,7 +230,7 @@ def simulated(
     feed = [seen.round_trip_s + carried / seen.one_rate for edge, seen in figures if edge.kind == "data"]
     first = topology.pipeline(0)
     return step_time(
-        plan,
+        setup.plan,
         costs,
         accumulate=config.gradient_accumulate_step,
         sums=[Sum(tuple(found[r]["sums"]["buckets"]), found[r]["sums"]["spread"]) for r in first],

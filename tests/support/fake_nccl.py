@@ -262,7 +262,7 @@ def install(version: str = "14.2.0", *, wait: bool = True) -> None:
 def take_the_place_of_cuda() -> None:
     """A whole rank on the stand-in: NCCL's groups over tensors in host memory."""
     from farspan.comm.groups.nccl import bind, load
-    from farspan.runtime import train
+    from farspan.runtime.setup import set_up
 
     def pick_device(config: Any, network: Any) -> torch.device:  # noqa: ANN401
         bind(network.wire.name)
@@ -270,4 +270,4 @@ def take_the_place_of_cuda() -> None:
         return torch.device("cpu")
 
     install()
-    train.pick_device = pick_device
+    set_up.pick_device = pick_device

@@ -15,16 +15,15 @@ from farspan.comm.meeting.rendezvous import Rendezvous
 from farspan.pipeline.executor import Executor
 from farspan.pipeline.gradients import Gradients
 from farspan.pipeline.stage import Stage
-from farspan.runtime import train
 from farspan.runtime.checkpoints import checkpoint
 from farspan.runtime.checkpoints.checkpoint import Checkpoints
 from farspan.runtime.data.workers import WorkerLost
-from farspan.runtime.setup import prepare
+from farspan.runtime.setup import load, prepare
 from farspan.runtime.training import trainer
 from farspan.runtime.training.evaluation import Evaluation
 
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "while loading": (train, "fill", 1),
+    "while loading": (load, "fill", 1),
     "while connecting": (GlooGroup, "__init__", 2),
     "in a step": (Executor, "step", 3),
     "in evaluation": (Evaluation, "loss", 1),
@@ -66,7 +65,7 @@ def meets(other: int) -> None:
 
 def slow_to_open(seconds: float) -> None:
     """This rank takes its time with its data, before the first step."""
-    _before(train, "open_tasks", 1, lambda: time.sleep(seconds))
+    _before(load, "open_tasks", 1, lambda: time.sleep(seconds))
 
 
 def slow_to_save(seconds: float) -> None:
