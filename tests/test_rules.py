@@ -54,6 +54,8 @@ ENTRY_SCRIPTS = {
 }
 # Imported where they are used, never because a room's file was imported.
 HEAVY = ("wandb", "transformers", "sentencepiece", "datasets", "cupy", "bitsandbytes", "tensorboard", "matplotlib")
+# Lines that a function of a room may have, and those that may have less.
+LONGEST, SHORTER = 80, {("runtime/train.py", "train"): 60}
 # Named by nobody here: a library calls them.
 CALLED_BY_OTHERS = {"emit", "has_extended_api"}
 
@@ -137,6 +139,10 @@ def habit_faults(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]
         return
     may_print = path.parts[0] in ("benchmarks", "example_scripts")
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and path.parts[0] in ROOMS:
+            most = SHORTER.get((path.as_posix(), node.name), LONGEST)
+            if (node.end_lineno or 0) - node.lineno >= most:
+                yield node.lineno, f"{node.name} has more than {most} lines"
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print" and not may_print:
             yield node.lineno, "print"
         if isinstance(node, ast.ExceptHandler):
@@ -237,6 +243,8 @@ def test_what_is_tested_is_this_checkout() -> None:
         ("runtime/x.py", "from ... import other", "is in no room"),
         ("comm/__init__.py", "", "hides every other package called comm"),
         ("runtime/x.py", "def f():\n    print('x')", "print"),
+        ("runtime/x.py", "def f():" + "\n    x()" * 80, "f has more than 80 lines"),
+        ("runtime/train.py", "def train():" + "\n    x()" * 60, "train has more than 60 lines"),
         ("tests/test_x.py", "try:\n    f()\nexcept:\n    raise", "a bare except"),
         ("runtime/x.py", "try:\n    f()\nexcept OSError:\n    pass", "an error is swallowed"),
         ("runtime/x.py", "try:\n    f()\nexcept OSError:\n    ...", "an error is swallowed"),

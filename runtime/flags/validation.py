@@ -41,7 +41,6 @@ def problems_of(config: Config) -> list[str]:
     for f in fields(c):
         value = getattr(c, f.name)
         refuse(isinstance(value, float) and not isfinite(value), f"--{dash(f.name)} {value} must be a finite number")
-    grid = c.pipeline_group_size * c.data_group_size
     refuse(not c.model_name, "--model-name is needed: a folder of layer shards, or a Hugging Face folder")
     refuse(not c.dist_url, "--dist-url is needed: tcp://host:port of rank 0 (or start with torchrun, srun or mpirun)")
     refuse(c.rank < 0, "--rank is needed: 0 … world-size − 1 (or start with torchrun, srun or mpirun)")
@@ -56,6 +55,48 @@ def problems_of(config: Config) -> list[str]:
     ):  # fmt: skip
         refuse(getattr(c, name) < 0, f"--{dash(name)} {getattr(c, name)} must not be negative")
     refuse(c.cuda_id < -1, f"--cuda-id {c.cuda_id} must not be negative")
+    _validate_grid(c, refuse)
+    _validate_data(c, refuse)
+    if c.total_steps > 0 and c.gradient_accumulate_step > 0:
+        problems.extend(_problems_of_length(c))
+    _validate_optimizer(c, refuse)
+    factor = re.fullmatch(r"(?:linear|dynamic|yarn):(\d+(?:\.\d+)?)", c.rope_scaling, re.ASCII)
+    refuse(
+        c.rope_scaling and not (factor and float(factor[1]) > 1),
+        f"--rope-scaling {c.rope_scaling} must be linear, dynamic or yarn, with a factor of more than 1: yarn:4",
+    )
+    refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
+    split = c.layer_split.replace(",", "")
+    refuse(
+        c.layer_split not in ("", "even") and not (split.isascii() and split.isdigit()),
+        f"--layer-split {c.layer_split} must be numbers, e.g. 3,2, or even",
+    )
+    _validate_checkpoints(c, refuse)
+    _validate_evaluation(c, refuse)
+    for name in c.log_backends:
+        refuse(name not in LOG_BACKENDS, f"--train-log-backend {name!r} is none of {', '.join(LOG_BACKENDS)}")
+    refuse(not 0 <= c.seed < 2**32, f"--seed {c.seed} must be from 0 to 2³² − 1")
+    return problems
+
+
+def validate_length(c: Config) -> None:
+    """What can be said once the run's length is known: with --nepochs, after counting. Raises `ConfigError`."""
+    if problems := _problems_of_length(c):
+        raise ConfigError(*problems)
+
+
+def _problems_of_length(c: Config) -> list[str]:
+    of = "(--total-steps ÷ --gradient-accumulate-step)"
+    return [
+        f"--{dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}"
+        for name in ("warmup_steps", "num_checkpoints")
+        if getattr(c, name) > c.updates
+    ]
+
+
+def _validate_grid(c: Config, refuse: Callable[[object, str], None]) -> None:
+    """The grid of ranks, and what connects it."""
+    grid = c.pipeline_group_size * c.data_group_size
     refuse(
         c.world_size != grid,
         f"--world-size {c.world_size} is not --pipeline-group-size {c.pipeline_group_size} × "
@@ -80,6 +121,10 @@ def problems_of(config: Config) -> list[str]:
         not c.heartbeat_patience >= least,
         f"--heartbeat-patience {c.heartbeat_patience} must be at least {least}: 2 seconds, and 3 × --heartbeat-period",
     )
+
+
+def _validate_data(c: Config, refuse: Callable[[object, str], None]) -> None:
+    """Data, and the run's length in it."""
     refuse(
         c.micro_batch_size > 0 and c.batch_size % c.micro_batch_size,
         f"--batch-size {c.batch_size} is not a multiple of --micro-batch-size {c.micro_batch_size}",
@@ -103,8 +148,10 @@ def problems_of(config: Config) -> list[str]:
         f"--total-steps {c.total_steps} is not a multiple of --gradient-accumulate-step {c.gradient_accumulate_step}, "
         "so the last steps would never reach the weights",
     )
-    if c.total_steps > 0 and c.gradient_accumulate_step > 0:
-        problems.extend(_problems_of_length(c))
+
+
+def _validate_optimizer(c: Config, refuse: Callable[[object, str], None]) -> None:
+    """Precision, loss scale, optimizer and learning rate."""
     refuse(c.fp16 and c.bf16, "--fp16 and --bf16 exclude each other: give one")
     for name in ("initial_loss_scale", "min_loss_scale"):
         refuse(not getattr(c, name) > 0, f"--{dash(name)} {getattr(c, name)} must be a positive number")
@@ -120,43 +167,11 @@ def problems_of(config: Config) -> list[str]:
     )
     refuse(c.min_lr > c.lr >= 0, f"--min-lr {c.min_lr} is more than --lr {c.lr}")
     refuse(c.min_lr and c.scheduler == "constant", "--min-lr means nothing to --scheduler constant: leave it out")
-    factor = re.fullmatch(r"(?:linear|dynamic|yarn):(\d+(?:\.\d+)?)", c.rope_scaling, re.ASCII)
-    refuse(
-        c.rope_scaling and not (factor and float(factor[1]) > 1),
-        f"--rope-scaling {c.rope_scaling} must be linear, dynamic or yarn, with a factor of more than 1: yarn:4",
-    )
-    refuse(c.num_layers and c.layer_split, "--num-layers and --layer-split say the same thing: give one")
-    split = c.layer_split.replace(",", "")
-    refuse(
-        c.layer_split not in ("", "even") and not (split.isascii() and split.isdigit()),
-        f"--layer-split {c.layer_split} must be numbers, e.g. 3,2, or even",
-    )
-    _validate_checkpoints(c, refuse)
-    _validate_evaluation(c, refuse)
-    for name in c.log_backends:
-        refuse(name not in LOG_BACKENDS, f"--train-log-backend {name!r} is none of {', '.join(LOG_BACKENDS)}")
     for name in ("adam_beta1", "adam_beta2"):
         refuse(not 0 <= getattr(c, name) < 1, f"--{dash(name)} {getattr(c, name)} must be in [0, 1)")
     refuse(
         not c.adam_eps > 0, f"--adam-eps {c.adam_eps} must be more than 0: what never had a gradient is divided by it"
     )
-    refuse(not 0 <= c.seed < 2**32, f"--seed {c.seed} must be from 0 to 2³² − 1")
-    return problems
-
-
-def validate_length(c: Config) -> None:
-    """What can be said once the run's length is known: with --nepochs, after counting. Raises `ConfigError`."""
-    if problems := _problems_of_length(c):
-        raise ConfigError(*problems)
-
-
-def _problems_of_length(c: Config) -> list[str]:
-    of = "(--total-steps ÷ --gradient-accumulate-step)"
-    return [
-        f"--{dash(name)} {getattr(c, name)} is more than the run's {c.updates} updates {of}"
-        for name in ("warmup_steps", "num_checkpoints")
-        if getattr(c, name) > c.updates
-    ]
 
 
 def _validate_checkpoints(c: Config, refuse: Callable[[object, str], None]) -> None:
