@@ -77,18 +77,19 @@ def set_up(config: Config, meeting: Rendezvous, network: Network) -> Setup:
     shake_hands(meeting, config, spec)
     if config.as_test and not config.check:  # the ranks have compared the flags of the real run
         config = shortened(config)
-    if config.rank == 0 and topology.stages > 1:
-        log.info(told(config, spec, split))
     device = pick_device(config, network)
     for line in notices(config, device.type) if config.rank == 0 else ():
         log.warning("%s", line)
     threads = share_threads(meeting)
     keep_freed_memory()
-    log.info(
-        "rank %d: replica %d, stage %d of %d, %s, on %s%s, interface %s",
-        config.rank, place.replica, place.stage, topology.stages,
-        describe(stage_units(split, place.stage), spec), device, threads, network,
-    )  # fmt: skip
+    if not config.check:  # its report says this
+        if config.rank == 0 and topology.stages > 1:
+            log.info(told(config, spec, split))
+        log.info(
+            "rank %d: replica %d, stage %d of %d, %s, on %s%s, interface %s",
+            config.rank, place.replica, place.stage, topology.stages,
+            describe(stage_units(split, place.stage), spec), device, threads, network,
+        )  # fmt: skip
     if config.rank == 0:
         check_backends(config)
     vocabulary = open_vocabulary(config, spec) if config.rank == 0 else None

@@ -33,7 +33,8 @@ class Meeting:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_both_ways_make_the_same_exchanges(rank: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of --as-test, the ranks compare the real run's flags; `--check` judges the real run."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads as before, for the tests that follow
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the tests that follow, this process stays as it is
+    monkeypatch.setattr("farspan.runtime.setup.set_up.keep_freed_memory", lambda: None)
     config = Config(
         model_name=str(model), pipeline_group_size=2, world_size=2, rank=rank, seq_length=16, total_steps=8,
         gradient_accumulate_step=2, use_cuda="false",
