@@ -327,7 +327,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_interface_is_named_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # or what bind sets would outlive the test
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NCCL_IB_DISABLE", "0")
     bind("eth1")
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth1"
