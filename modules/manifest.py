@@ -56,13 +56,13 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `OSError`, `ValueError`, `KeyError` or `TypeError` for one that is missing or damaged."""
+    """Raises `ValueError` for one that is missing or damaged."""
     told = read_json(folder / MANIFEST, SHAPE, ValueError, "without it the folder is no checkpoint")
     return Manifest(dict(told["files"]), dict(told.get("crc32", {})), told.get("save"), told.get("branches", []))
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file's bytes: any flipped byte changes it, and it takes a fraction of the time that writing took."""
+    """CRC-32 of a file's bytes: any flipped byte changes it."""
     found, buffer = 0, memoryview(bytearray(_AT_ONCE))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from ...modules.manifest import file_checksum
 
 CHECKED = 1 << 30  # a second's reading
 
@@ -86,10 +87,5 @@ def _kept_seal(path: Path) -> object:
 
 def seal_of(path: Path) -> dict[str, int]:
     """A file's size and, up to `CHECKED` bytes, its checksum."""
-    size, crc = path.stat().st_size, 0
-    if size > CHECKED:
-        return {"bytes": size}
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            crc = zlib.crc32(piece, crc)
-    return {"bytes": size, "crc32": crc}
+    size = path.stat().st_size
+    return {"bytes": size} if size > CHECKED else {"bytes": size, "crc32": file_checksum(path)}
